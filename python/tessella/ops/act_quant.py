@@ -1,0 +1,86 @@
+"""act_quant: dynamic quantisation of activations into ActBlocks."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tessella.formats import BLOCK_K, ActBlocks, padded_k, scales_shape
+from tessella.ops._register import define
+from tessella.ref import act_quant as ref
+
+
+def act_quant(
+    x_MK: Tensor, *, k8: int = -1, granularity: str = "token", perm: Tensor | None = None
+) -> ActBlocks:
+    """Quantise activations per token, symmetrically, into INT8 and INT4 blocks of 128 channels.
+
+    For each unit that shares a scale (qmax 127 for INT8, 7 for INT4), in fp32::
+
+        amax = max |x|;  scale = amax / qmax;  code = round_half_even(x * (qmax / amax))
+
+    Args:
+        x_MK: bf16, fp16 or (CPU) fp32 [M, K], unit stride along K, any stride along M. K need
+            not be a multiple of 128: missing channels have code 0.
+        k8: channels stored in INT8, a multiple of 128; the rest is INT4. -1: all of them
+            (W4A8); 0: none (W4A4); between: FMPQ's mixed blocks (COMET section 3).
+        granularity: what shares a scale: "token" (one precision only), "class" (a token's INT8
+            blocks, and its INT4 blocks) or "block" (128 channels of a token).
+        perm: int32 [K] or None; channel k of the result is channel perm[k] of x. Entries must
+            lie in 0..K-1 (FMPQ's outlier grouping, GPTQ's act-order).
+
+    Returns:
+        :class:`~tessella.formats.ActBlocks`, with the integer sum of the codes of each block.
+
+    A unit whose largest magnitude is below 2^-100 has scale 0 and codes 0. A unit with an inf or
+    a NaN has scale NaN and codes 0: every result that uses it is NaN. M = 0 gives empty blocks.
+
+    Raises:
+        RuntimeError or ValueError: wrong dtype, shape, stride, device, k8, granularity or perm,
+            naming the argument, what was expected and what was got.
+    """
+    out = torch.ops.tessella.act_quant(x_MK, k8, granularity, perm)
+    return ActBlocks(*out, granularity)
+
+
+def empty_blocks(x: Tensor, k8: int, granularity: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Unwritten (codes8, codes4, sums, scales) for x [M, K]: buffers for act_quant_out."""
+    M, K = x.shape
+    B = padded_k(K) // BLOCK_K
+    B8 = B if k8 < 0 else k8 // BLOCK_K
+    return (
+        x.new_empty((B8, M, BLOCK_K), dtype=torch.int8),
+        x.new_empty((B - B8, M, BLOCK_K // 2), dtype=torch.uint8),
+        x.new_empty((B, M), dtype=torch.int32),
+        x.new_empty(scales_shape(granularity, M, B), dtype=torch.float32),
+    )
+
+
+def _ref(x, k8=-1, granularity="token", perm=None):
+    a = ref.act_quant(x, k8, granularity, perm)
+    return a.codes8, a.codes4, a.sums, a.scales
+
+
+def _ref_out(x, k8, granularity, perm, codes8, codes4, sums, scales):
+    for dst, src in zip((codes8, codes4, sums, scales), _ref(x, k8, granularity, perm)):
+        dst.copy_(src)
+
+
+def _fake(x, k8=-1, granularity="token", perm=None):
+    ref.check(x, k8, granularity, perm)
+    return empty_blocks(x, k8, granularity)
+
+
+define(
+    "act_quant(Tensor x, int k8=-1, str granularity='token', Tensor? perm=None)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    ref=_ref,
+    fake=_fake,
+)
+define(
+    "act_quant_out(Tensor x, int k8, str granularity, Tensor? perm,"
+    " Tensor(a!) codes8, Tensor(b!) codes4, Tensor(c!) sums, Tensor(d!) scales) -> ()",
+    ref=_ref_out,
+    fake=lambda *_: None,
+    differentiable=True,
+)

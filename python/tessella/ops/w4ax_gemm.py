@@ -1,0 +1,138 @@
+"""w4ax_gemm: 4-bit weights times INT8/INT4 activations, and the packing of the weights."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tessella import layout
+from tessella.formats import ActBlocks, PackedW4, W4Weight
+from tessella.ops._register import define
+from tessella.ref import w4ax_gemm as ref
+
+
+def w4ax_gemm(
+    a: ActBlocks, w: PackedW4, bias: Tensor | None = None, dtype: torch.dtype = torch.bfloat16
+) -> Tensor:
+    """``y = dequant(a) @ dequant(w)^T (+ bias)``, the linear layer of a 4-bit model.
+
+    Integer products are accumulated exactly in int32; zero points are folded through the
+    activations' code sums; scales are applied in fp32. Results depend neither on the number of
+    threads nor on the other tokens of the batch.
+
+    Args:
+        a: quantised activations [M, K]; any K8 (K8 = Kp: W4A8, 0: W4A4, between: COMET's W4Ax).
+        w: packed weight [N, K] on the same device, any N.
+        bias: [N] of `dtype`, or None.
+        dtype: of the result: bf16, fp16 or (CPU) fp32.
+
+    Returns:
+        [M, N]. M = 0 gives an empty result.
+
+    Raises:
+        RuntimeError or ValueError: tensors that do not fit each other, naming the argument, what
+            was expected and what was got.
+    """
+    return torch.ops.tessella.w4ax_gemm(
+        a.codes8, a.codes4, a.sums, a.scales, w.blob, w.scheme, w.N, a.granularity, bias, dtype
+    )
+
+
+def w4_pack(w: W4Weight) -> PackedW4:
+    """Shuffle a canonical weight into the order its device's kernels stream.
+
+    CPU: panels of 64 out features, one sequential stream of codes and scales (csrc/layout/w4.h).
+    """
+    blob = torch.ops.tessella.w4_pack(
+        w.codes, w.channel_scales, w.group_scales, w.zeros, w.scheme, w.K
+    )
+    return PackedW4(blob, w.scheme, w.N, w.K)
+
+
+def w4_unpack(p: PackedW4) -> W4Weight:
+    """The canonical weight behind a packed one; ``w4_unpack(w4_pack(w))`` is exactly w."""
+    parts = torch.ops.tessella.w4_unpack(p.blob, p.scheme, p.N, p.K)
+    return _weight(*parts, p.scheme, p.K)
+
+
+def _weight(codes, channel_scales, group_scales, zeros, scheme, K) -> W4Weight:
+    """W4Weight from op arguments, in which an absent tensor may be None or empty."""
+    present = W4Weight.spec(scheme, codes.shape[0], K)
+    return W4Weight(
+        codes,
+        channel_scales if "channel_scales" in present else None,
+        group_scales if "group_scales" in present else None,
+        zeros,
+        scheme,
+        K,
+    )
+
+
+def _ref_pack(codes, channel_scales, group_scales, zeros, scheme, K):
+    return layout.w4_pack_cpu(_weight(codes, channel_scales, group_scales, zeros, scheme, K))
+
+
+def _ref_unpack(blob, scheme, N, K):
+    w = layout.w4_unpack_cpu(blob, scheme, N, K)
+    tensors = w.tensors()
+    return tuple(
+        tensors[f] if f in tensors else _absent(blob, scheme, f)
+        for f in ("codes", "channel_scales", "group_scales", "zeros")
+    )
+
+
+def _absent(blob: Tensor, scheme: str, field: str) -> Tensor:
+    """The empty tensor that stands for a field which the scheme does not have."""
+    float32 = field == "channel_scales"
+    return blob.new_empty(0, dtype=torch.float32 if float32 else torch.float16)
+
+
+def _ref_gemm(codes8, codes4, sums, scales, w, scheme, N, granularity, bias, dtype):
+    a = ActBlocks(codes8, codes4, sums, scales, granularity)
+    return ref.w4ax_gemm(a, layout.w4_unpack_cpu(w, scheme, N, a.Kp), bias, dtype)
+
+
+def _ref_gemm_out(codes8, codes4, sums, scales, w, scheme, N, granularity, bias, out):
+    out.copy_(
+        _ref_gemm(codes8, codes4, sums, scales, w, scheme, N, granularity, bias, out.dtype)
+    )
+
+
+def _fake_pack(codes, channel_scales, group_scales, zeros, scheme, K):
+    return codes.new_empty(layout.w4_cpu_bytes(scheme, codes.shape[0], K))
+
+
+def _fake_unpack(blob, scheme, N, K):
+    spec = W4Weight.spec(scheme, N, K)
+    return tuple(
+        blob.new_empty(spec[f][1], dtype=spec[f][0]) if f in spec else _absent(blob, scheme, f)
+        for f in ("codes", "channel_scales", "group_scales", "zeros")
+    )
+
+
+def _fake_gemm(codes8, codes4, sums, scales, w, scheme, N, granularity, bias, dtype):
+    return codes8.new_empty((codes8.shape[1], N), dtype=dtype)
+
+
+define(
+    "w4_pack(Tensor codes, Tensor? channel_scales, Tensor? group_scales, Tensor zeros,"
+    " str scheme, int K) -> Tensor",
+    ref=_ref_pack,
+    fake=_fake_pack,
+)
+define(
+    "w4_unpack(Tensor w, str scheme, int N, int K) -> (Tensor, Tensor, Tensor, Tensor)",
+    ref=_ref_unpack,
+    fake=_fake_unpack,
+)
+_GEMM_ARGS = (
+    "Tensor codes8, Tensor codes4, Tensor sums, Tensor scales, Tensor w, str scheme, int N,"
+    " str granularity, Tensor? bias"
+)
+define(f"w4ax_gemm({_GEMM_ARGS}, ScalarType dtype) -> Tensor", ref=_ref_gemm, fake=_fake_gemm)
+define(
+    f"w4ax_gemm_out({_GEMM_ARGS}, Tensor(a!) out) -> ()",
+    ref=_ref_gemm_out,
+    fake=lambda *_: None,
+    differentiable=True,
+)
