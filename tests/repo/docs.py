@@ -29,11 +29,13 @@ def _generator():
         {"README.md": "<!-- generated: commands -->\nno end\n"},
     ],
     good={
-        "README.md": "<!-- generated: bench d/f.json -->\n\n| kernel | M | us | of roofline | vs b |\n"
-        "| --- | --- | --- | --- | --- |\n| k | 1 | 2.00 | 50% | 2.00x |\n\n"
+        "README.md": "<!-- generated: bench d/f.json -->\n\n"
+        "| kernel | M | us | of roofline | vs b |\n| --- | --- | --- | --- | --- |\n"
+        "| k | 1 | 2.00 | 50% | 2.00x |\n\n"
         "Measured on D, torch T, commit C, Y.\n\n<!-- end generated -->\n",
-        "bench/results/d/f.json": '[{"kernel": "k", "case": {"M": 1}, "us": 2, "roofline_frac": 0.5,'
-        ' "baselines": {"b": 4}, "device": "D", "torch": "T", "commit": "C", "date": "Y"}]',
+        "bench/results/d/f.json": '[{"kernel": "k", "case": {"M": 1}, "us": 2,'
+        ' "roofline_frac": 0.5, "baselines": {"b": 4},'
+        ' "device": "D", "torch": "T", "commit": "C", "date": "Y"}]',
     },
 )
 def generated_blocks_are_fresh(tree: Tree) -> Iterator[str]:

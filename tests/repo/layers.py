@@ -103,7 +103,7 @@ _P = "python/tessella"
         f"{_P}/cli/demo.py": "from tessella import __version__, ops\nfrom tessella.cli import x\n",
         f"{_P}/ops/__init__.py": "from tessella.ops.act_quant import act_quant\n",
         f"{_P}/ref/act_quant.py": "from .w4ax_gemm import f\nfrom ..formats import W4Weight\n",
-        f"{_P}/__init__.py": "from tessella import _native\nfrom tessella.formats import W4Weight\n",
+        f"{_P}/__init__.py": "from tessella import _native\nfrom tessella.ops import x\n",
     },
 )
 def package_layers(tree: Tree) -> Iterator[str]:
