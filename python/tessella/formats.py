@@ -107,6 +107,12 @@ class W4Weight:
         fields = ("codes", "channel_scales", "group_scales", "zeros")
         return {f: t for f in fields if (t := getattr(self, f)) is not None}
 
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, Tensor], scheme: str, K: int) -> W4Weight:
+        """The inverse of :meth:`tensors`. Raises TypeError on an unknown or missing field."""
+        absent = dict.fromkeys(("channel_scales", "group_scales"))
+        return cls(**{**absent, **tensors}, scheme=scheme, K=K)
+
     @staticmethod
     def spec(scheme: str, N: int, K: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """dtype and shape of every tensor that :meth:`tensors` of an [N, K] weight returns."""

@@ -1,0 +1,234 @@
+"""Recipes: what a conversion does to a model, as one frozen object with a name.
+
+A recipe says which linears become 4-bit, in which weight scheme, what their activations are
+quantised to at run time, and which steps are applied, in order. It is written as TOML and stored
+in the checkpoint's config::
+
+    name = "w4a8"
+
+    [weights]
+    scheme = "twolevel"         # channel, g32, g64, g128, twolevel
+    lm_head = false             # quantise the output head too
+    skip = []                   # linears that keep their precision, e.g. ["*.down_proj"]
+
+    [activations]
+    granularity = "token"       # token, class, block
+    k8 = 1.0                    # fraction of the channels in INT8, the rest is INT4
+
+    [[steps]]
+    use = "rtn"                 # round to nearest
+    clip = "mse"                # mse, none
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import math
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+from torch import Tensor
+
+from tessella.formats import BLOCK_K, GRANULARITIES, SCHEMES, W4Weight, padded_k
+from tessella.quant import rtn
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
+class RecipeError(ValueError):
+    """A recipe that does not exist or does not make sense; the message is for the user."""
+
+
+def _fields(where: str, d: Any, valid: tuple[str, ...]) -> dict[str, Any]:
+    """`d` if it is a table with valid fields only."""
+    if not isinstance(d, dict):
+        raise RecipeError(f"recipe: {where}: expected a table, got {d!r}")
+    for field in d:
+        if field not in valid:
+            raise RecipeError(f"recipe: {where}: expected fields {', '.join(valid)}, got {field!r}")
+    return d
+
+
+def _expect_one_of(where: str, value: Any, valid) -> None:
+    if not isinstance(value, str) or value not in valid:
+        raise RecipeError(f"recipe: {where}: expected one of {', '.join(valid)}, got {value!r}")
+
+
+@dataclass(frozen=True)
+class Rtn:
+    """Step that turns weights into codes by rounding to nearest (:mod:`tessella.quant.rtn`)."""
+
+    clip: str = "mse"
+
+    def __post_init__(self):
+        _expect_one_of("steps.rtn.clip", self.clip, rtn.CLIPS)
+
+    def quantize(self, w_NK: Tensor, scheme: str) -> W4Weight:
+        """[N, K] floats -> codes. Raises ValueError on weights that cannot be quantised."""
+        return rtn.quantize(w_NK, scheme, self.clip)
+
+
+STEPS = {"rtn": Rtn}
+"""Every step that a recipe can use: a frozen dataclass whose fields are its options.
+
+A step with a method ``quantize(w_NK, scheme) -> W4Weight`` makes the codes; it comes last.
+"""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a conversion does; see the module's docstring for the fields and their meaning.
+
+    Raises :class:`RecipeError` when a field has a value that is not possible.
+    """
+
+    name: str
+    scheme: str = "twolevel"
+    granularity: str = "token"
+    k8: float = 1.0
+    lm_head: bool = False
+    skip: tuple[str, ...] = ()
+    steps: tuple[Rtn, ...] = (Rtn(),)
+
+    def __post_init__(self):
+        if not isinstance(self.name, str) or not self.name:
+            raise RecipeError(f"recipe: name: expected a non-empty string, got {self.name!r}")
+        _expect_one_of("weights.scheme", self.scheme, SCHEMES)
+        _expect_one_of("activations.granularity", self.granularity, GRANULARITIES)
+        if isinstance(self.k8, bool) or not isinstance(self.k8, int | float):
+            raise RecipeError(f"recipe: activations.k8: expected a number, got {self.k8!r}")
+        if not 0 <= self.k8 <= 1:
+            raise RecipeError(f"recipe: activations.k8: expected 0..1, got {self.k8}")
+        object.__setattr__(self, "k8", float(self.k8))
+        if self.granularity == "token" and 0 < self.k8 < 1:
+            raise RecipeError(
+                "recipe: activations.granularity: 'token' has one scale per token and needs one "
+                f"precision, got k8 = {self.k8}; use 'class' or 'block'"
+            )
+        if not isinstance(self.lm_head, bool):
+            raise RecipeError(
+                f"recipe: weights.lm_head: expected true or false, got {self.lm_head!r}"
+            )
+        if isinstance(self.skip, str) or not all(isinstance(s, str) for s in self.skip):
+            raise RecipeError(
+                f"recipe: weights.skip: expected a list of name patterns, got {self.skip!r}"
+            )
+        object.__setattr__(self, "skip", tuple(self.skip))
+        object.__setattr__(self, "steps", tuple(self.steps))
+        makers = [hasattr(step, "quantize") for step in self.steps]
+        if not makers or not makers[-1] or any(makers[:-1]):
+            names = [_step_name(s) for s in self.steps]
+            raise RecipeError(
+                "recipe: steps: expected exactly one step that makes the codes, as the last one, "
+                f"got {names}"
+            )
+
+    def skips(self, module: str) -> bool:
+        """Whether the linear of this module name keeps its precision."""
+        return any(fnmatch.fnmatchcase(module, pattern) for pattern in self.skip)
+
+    def k8_of(self, K: int) -> int:
+        """INT8 channels of a linear with K in features, whole blocks of 128; -1 means all."""
+        if self.k8 == 1:
+            return -1
+        return math.ceil(self.k8 * padded_k(K) / BLOCK_K) * BLOCK_K
+
+    def quantize(self, w_NK: Tensor) -> W4Weight:
+        """One weight [N, K] through the step that makes the codes (ValueError: bad weights)."""
+        return self.steps[-1].quantize(w_NK, self.scheme)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested plain values: what TOML and the checkpoint's config hold."""
+        return {
+            "name": self.name,
+            "weights": {"scheme": self.scheme, "lm_head": self.lm_head, "skip": list(self.skip)},
+            "activations": {"granularity": self.granularity, "k8": self.k8},
+            "steps": [{"use": _step_name(s), **dataclasses.asdict(s)} for s in self.steps],
+        }
+
+    def to_toml(self) -> str:
+        """TOML text; :meth:`from_toml` gives an equal recipe back."""
+        return tomli_w.dumps(self.to_dict())
+
+    @classmethod
+    def from_dict(cls, d: dict[str, Any]) -> Recipe:
+        """The inverse of :meth:`to_dict`; absent fields take their defaults.
+
+        Raises RecipeError on unknown fields, steps or values, listing the valid ones.
+        """
+        top = _fields("recipe", d, ("name", "weights", "activations", "steps"))
+        if "name" not in top:
+            raise RecipeError("recipe: name: expected a non-empty string, got nothing")
+        weights = _fields("weights", top.get("weights", {}), ("scheme", "lm_head", "skip"))
+        acts = _fields("activations", top.get("activations", {}), ("granularity", "k8"))
+        kwargs = {"name": top["name"], **weights, **acts}
+        if "steps" in top:
+            if not isinstance(top["steps"], list):
+                raise RecipeError(f"recipe: steps: expected a list, got {top['steps']!r}")
+            kwargs["steps"] = tuple(_step(s) for s in top["steps"])
+        return cls(**kwargs)
+
+    @classmethod
+    def from_toml(cls, text: str) -> Recipe:
+        """A recipe from TOML text. Raises RecipeError, also when the text is not TOML."""
+        try:
+            d = tomllib.loads(text)
+        except tomllib.TOMLDecodeError as e:
+            raise RecipeError(f"recipe: not valid TOML: {e}") from None
+        return cls.from_dict(d)
+
+
+PRESETS: dict[str, Recipe] = {
+    r.name: r
+    for r in (
+        Recipe("w4a8"),
+        Recipe("w4a8-g128", scheme="g128"),
+        Recipe("w4a8-channel", scheme="channel"),
+        Recipe("w4a8-b128", granularity="block"),
+        Recipe("w4a4", granularity="block", k8=0.0),
+    )
+}
+"""Recipes by name. ``w4a8`` (two-level scales, per-token INT8) is what the kernels favour."""
+
+
+def load(name_or_path: str | os.PathLike) -> Recipe:
+    """A preset by its name, or a recipe from a TOML file.
+
+    Raises RecipeError: no such preset or file (listing the presets), or a file that is not a
+    valid recipe (naming the file).
+    """
+    if str(name_or_path) in PRESETS:
+        return PRESETS[str(name_or_path)]
+    path = Path(name_or_path)
+    if path.suffix != ".toml" and not path.is_file():
+        raise RecipeError(
+            f"recipe: expected one of {', '.join(PRESETS)} or a TOML file, got {str(path)!r}"
+        )
+    try:
+        return Recipe.from_toml(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as e:
+        raise RecipeError(f"recipe: cannot read {path}: {e}") from None
+    except RecipeError as e:
+        raise RecipeError(f"{path}: {e}") from None
+
+
+def _step_name(step: object) -> str:
+    names = {cls: name for name, cls in STEPS.items()}
+    return names.get(type(step), type(step).__name__)
+
+
+def _step(d: Any) -> Any:
+    """One entry of `steps` as its dataclass."""
+    use = d.get("use") if isinstance(d, dict) else None
+    _expect_one_of("steps.use", use, STEPS)
+    cls = STEPS[use]
+    options = _fields(f"steps.{use}", d, ("use", *(f.name for f in dataclasses.fields(cls))))
+    return cls(**{k: v for k, v in options.items() if k != "use"})
