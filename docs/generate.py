@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
@@ -44,14 +45,10 @@ def schema(op: str, read: Read) -> str:
     """A code block with the schema of an op, broken at commas to fit 100 columns."""
     from tessella.ops._register import SCHEMAS
 
-    lines = [""]
-    for part in re.split(r"(?<=,) |(?= -> )", f"tessella::{SCHEMAS[op]}"):
-        joined = f"{lines[-1]} {part}".strip() if not part.startswith(" ") else lines[-1] + part
-        if len(joined) > 96:
-            lines.append("    " + part.strip())
-        else:
-            lines[-1] = joined if len(lines) == 1 else "    " + joined.strip()
-    return "```\n" + "\n".join(lines) + "\n```"
+    text = f"tessella::{SCHEMAS[op]}"
+    glued = re.sub(r"(?<!,) (?!-)", "\xa0", text)  # break after a comma or before the arrow
+    lines = textwrap.wrap(glued, 96, subsequent_indent="    ")
+    return "```\n" + "\n".join(lines).replace("\xa0", " ") + "\n```"
 
 
 def commands(_: None, read: Read) -> str:
