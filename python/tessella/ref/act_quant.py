@@ -49,7 +49,7 @@ def act_quant(
         if granularity == "block":
             scales[blocks] = s
         else:
-            scales.view(-1, M)[c if granularity == "class" else 0] = s[0]
+            (scales[c] if granularity == "class" else scales).copy_(s[0])
     sums = codes.int().sum(2, dtype=torch.int32)
     codes4 = pack_nibbles(codes[B8:].view(torch.uint8) & 15)
     return ActBlocks(codes[:B8].contiguous(), codes4, sums, scales, granularity)
