@@ -30,7 +30,8 @@ def act_quant(
     Kp = padded_k(K)
     K8 = Kp if k8 < 0 else k8
     x = x_MK.float() if perm is None else x_MK.float()[:, perm.long()]
-    x = torch.nn.functional.pad(x, (0, Kp - K)).view(M, Kp // BLOCK_K, BLOCK_K).transpose(0, 1)
+    x = torch.nn.functional.pad(x, (0, Kp - K)).view(M, Kp // BLOCK_K, BLOCK_K)
+    x = x.transpose(0, 1).contiguous()
     B8 = K8 // BLOCK_K
     codes = torch.empty_like(x, dtype=torch.int8)
     scales = x.new_zeros(scales_shape(granularity, M, Kp // BLOCK_K))
