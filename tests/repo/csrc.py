@@ -16,8 +16,8 @@ ROLES = re.compile(
     r"op\.cpp|params\.h|check\.h|plan\.(h|cpp)|kernels\.h|pack\.(h|cpp)"
     r"|cpu\.(cpp|inl)|cuda\.cu|sm\d+[a-z]?\.cuh|README\.md"
 )
-MODULES = {"module.cpp", "ops_module.c"}
-"""The entry points of the two Python modules, _C and _ops."""
+TOP = {"module.cpp", "ops_module.c", "families.h"}
+"""The entry points of the two Python modules, _C and _ops, and the list of every kernel."""
 
 
 @rule(
@@ -44,7 +44,7 @@ def role_words(tree: Tree) -> Iterator[str]:
         if top != "csrc":
             continue
         if len(parts) == 1:
-            known = parts[0] in MODULES
+            known = parts[0] in TOP
         elif len(parts) != 2:
             known = False
         elif parts[0] in PRIMITIVES:
@@ -109,14 +109,26 @@ def conditionals_stay_below(tree: Tree) -> Iterator[str]:
                 yield f"{path}:{line}: {directive.splitlines()[0]}"
 
 
+PER_ISA = re.compile(r"csrc/\w+/cpu\.inl|csrc/cpu/(vec_\w+|foreach_isa)\.h")
+"""What cpu/foreach_isa.h compiles once per instruction set, and it itself."""
+
+
 @rule(
-    bad=[{"csrc/core/a.h": "int x;\n"}, {"csrc/a/sm90.cuh": "// #pragma once\n"}],
-    good={"csrc/core/a.h": "// why\n#pragma once\n", "csrc/a/cpu.inl": "int x;\n"},
+    bad=[
+        {"csrc/core/a.h": "int x;\n"},
+        {"csrc/a/sm90.cuh": "// #pragma once\n"},
+        {"csrc/a/cpu.inl": "#pragma once\n"},
+        {"csrc/cpu/vec_avx2.h": "#pragma once\n"},
+    ],
+    good={"csrc/core/a.h": "// why\n#pragma once\n", "csrc/a/cpu.inl": "", "csrc/cpu/vec_x.h": ""},
 )
 def pragma_once(tree: Tree) -> Iterator[str]:
-    """A header says `#pragma once`; a body (.inl) is included once per instruction set."""
-    for path, text in tree.matching(r"(csrc|ascend)/.*\.(h|cuh)"):
-        if not any(d.split() == ["#pragma", "once"] for _, d in cxx.directives(text)):
+    """A header says `#pragma once`; what is compiled once per instruction set must not."""
+    for path, text in tree.matching(r"(csrc|ascend)/.*\.(h|cuh|inl)"):
+        once = any(d.split() == ["#pragma", "once"] for _, d in cxx.directives(text))
+        if once and PER_ISA.fullmatch(path):
+            yield f"{path}: `#pragma once`, but it is included for every instruction set"
+        elif not once and not PER_ISA.fullmatch(path):
             yield f"{path}: no `#pragma once`"
 
 
@@ -196,19 +208,20 @@ def device_and_plan_never_see_torch(tree: Tree) -> Iterator[str]:
 
 
 MAY_INCLUDE = {
-    "core": {"core"},
+    "core": {"core", "cpu", "families.h"},
     "layout": {"layout", "core"},
     "cpu": {"cpu", "core", "layout"},
     "cuda": {"cuda", "core", "layout"},
     **{f: {f, "core", "layout", "cpu", "cuda"} for f in FAMILIES},
 }
+"""By folder. core/ knows the list of all kernels by name only, to check TESSELLA_FORCE."""
 for _family in ("kv4", "mla"):
     MAY_INCLUDE[_family] |= {"msm"}  # both are sources of the one attention meta-kernel
 
 
 @rule(
     bad=[
-        {"csrc/core/a.h": '#include "cpu/isa.h"\n', "csrc/cpu/isa.h": ""},
+        {"csrc/layout/a.h": '#include "cpu/isa.h"\n', "csrc/cpu/isa.h": ""},
         {"csrc/cpu/a.h": '#include "act_quant/params.h"\n', "csrc/act_quant/params.h": ""},
         {"csrc/act_quant/op.cpp": '#include "../w4ax_gemm/plan.h"\n', "csrc/w4ax_gemm/plan.h": ""},
         {"csrc/act_quant/op.cpp": '#include "act_quant/missing.h"\n'},
