@@ -1,0 +1,99 @@
+// Torch entry of act_quant: check -> params -> run, for CPU and CUDA.
+#include <optional>
+#include <tuple>
+
+#include "act_quant/params.h"
+#include "core/check.h"
+#include "core/stream.h"
+
+namespace tessella::act_quant {
+
+static constexpr int64_t kBlock = 128;
+using Blocks = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+static Params check(const char* op, const Tensor& x, int64_t k8, const std::string& granularity,
+                    const std::optional<Tensor>& perm) {
+  Params p{};
+  p.granularity = check_granularity(op, granularity);
+  if (x.dim() != 2 || x.size(1) == 0) refuse(Arg{op, "x"}, "[M, K] with K >= 1", describe(x));
+  p.dtype = check_float(Arg{op, "x"}, x.scalar_type());
+  if (x.is_cuda() && p.dtype == DType::kF32)
+    refuse(Arg{op, "x"}, "bfloat16 or float16 on cuda", describe(x));
+  p.M = x.size(0);
+  p.K = x.size(1);
+  p.Kp = round_up(p.K, kBlock);
+  p.K8 = k8 < 0 ? p.Kp : k8;
+  if (p.K8 > p.Kp || p.K8 % kBlock != 0)
+    refuse(Arg{op, "k8"}, "a multiple of 128 in 0.." + std::to_string(p.Kp) + ", or -1 for all",
+           k8);
+  check_one_precision(op, p.granularity, p.K8, p.Kp);
+  if (p.K > 1 && x.stride(1) != 1)
+    refuse(Arg{op, "x"}, "unit stride along K", "stride " + std::to_string(x.stride(1)));
+  p.stride = x.stride(0);
+  p.x = x.const_data_ptr();
+  if (perm.has_value()) {
+    check_tensor(Arg{op, "perm"}, *perm, ScalarType::Int, {p.K}, x);
+    p.perm = perm->const_data_ptr<int32_t>();
+  }
+  return p;
+}
+
+static void run(const char* op, Params& p, const Tensor& x, const Blocks& out) {
+  const auto& [codes8, codes4, sums, scales] = out;
+  p.codes8 = codes8.mutable_data_ptr<int8_t>();
+  p.codes4 = codes4.mutable_data_ptr<uint8_t>();
+  p.sums = sums.mutable_data_ptr<int32_t>();
+  p.scales = scales.mutable_data_ptr<float>();
+  if (p.M == 0) return;
+  if (!x.is_cuda()) return run_cpu(p);
+#ifdef TESSELLA_WITH_CUDA
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  check_launch(op, run_cuda(p, current_stream(x.get_device_index())));
+#else
+  refuse(Arg{op, "x"}, "a CPU tensor: this build has no CUDA kernels", describe(x));
+#endif
+}
+
+static Blocks act_quant(const Tensor& x, int64_t k8, const std::string& granularity,
+                        const std::optional<Tensor>& perm) {
+  Params p = check("act_quant", x, k8, granularity, perm);
+  const int64_t B = p.Kp / kBlock, B8 = p.K8 / kBlock, rows = scale_rows(p.granularity, B);
+  auto make = [&](torch::headeronly::IntHeaderOnlyArrayRef shape, ScalarType dtype) {
+    return torch::stable::new_empty(x, shape, dtype);
+  };
+  Blocks out{make({B8, p.M, kBlock}, ScalarType::Char),
+             make({B - B8, p.M, kBlock / 2}, ScalarType::Byte), make({B, p.M}, ScalarType::Int),
+             p.granularity == Granularity::kToken ? make({p.M}, ScalarType::Float)
+                                                  : make({rows, p.M}, ScalarType::Float)};
+  run("act_quant", p, x, out);
+  return out;
+}
+
+static void act_quant_out(const Tensor& x, int64_t k8, const std::string& granularity,
+                          const std::optional<Tensor>& perm, const Tensor& codes8,
+                          const Tensor& codes4, const Tensor& sums, const Tensor& scales) {
+  const char* op = "act_quant_out";
+  Params p = check(op, x, k8, granularity, perm);
+  const int64_t B = p.Kp / kBlock, B8 = p.K8 / kBlock, rows = scale_rows(p.granularity, B);
+  check_tensor(Arg{op, "codes8"}, codes8, ScalarType::Char, {B8, p.M, kBlock}, x);
+  check_tensor(Arg{op, "codes4"}, codes4, ScalarType::Byte, {B - B8, p.M, kBlock / 2}, x);
+  check_tensor(Arg{op, "sums"}, sums, ScalarType::Int, {B, p.M}, x);
+  if (p.granularity == Granularity::kToken)
+    check_tensor(Arg{op, "scales"}, scales, ScalarType::Float, {p.M}, x);
+  else
+    check_tensor(Arg{op, "scales"}, scales, ScalarType::Float, {rows, p.M}, x);
+  run(op, p, x, {codes8, codes4, sums, scales});
+}
+
+STABLE_TORCH_LIBRARY_IMPL(tessella, CPU, m) {
+  m.impl("act_quant", TORCH_BOX(&act_quant));
+  m.impl("act_quant_out", TORCH_BOX(&act_quant_out));
+}
+#ifdef TESSELLA_WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(tessella, CUDA, m) {
+  m.impl("act_quant", TORCH_BOX(&act_quant));
+  m.impl("act_quant_out", TORCH_BOX(&act_quant_out));
+}
+#endif
+
+}  // namespace tessella::act_quant

@@ -1,0 +1,103 @@
+// Checks of torch arguments: every message names op, argument, expected and got.
+#pragma once
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <initializer_list>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+#include "core/hd.h"
+
+namespace tessella {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+struct Arg {
+  const char* op;
+  const char* name;
+};
+
+template <class E, class G>
+[[noreturn]] void refuse(const Arg& arg, const E& expected, const G& got) {
+  std::ostringstream text;
+  text << "tessella::" << arg.op << ": " << arg.name << ": expected " << expected << ", got "
+       << got;
+  throw std::runtime_error(text.str());
+}
+
+inline std::string shape_text(const int64_t* sizes, size_t n) {
+  std::string text = "[";
+  for (size_t i = 0; i < n; ++i) text += (i ? ", " : "") + std::to_string(sizes[i]);
+  return text + "]";
+}
+
+inline std::string dtype_text(ScalarType t) {
+  switch (t) {
+    case ScalarType::Byte:
+      return "uint8";
+    case ScalarType::Char:
+      return "int8";
+    case ScalarType::Int:
+      return "int32";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    default:
+      return "dtype " + std::to_string(int(t));
+  }
+}
+
+inline std::string describe(const Tensor& t) {
+  std::vector<int64_t> sizes;
+  for (int64_t i = 0; i < t.dim(); ++i) sizes.push_back(t.size(i));
+  return dtype_text(t.scalar_type()) + " " + shape_text(sizes.data(), sizes.size()) +
+         (t.is_contiguous() ? "" : ", not contiguous") + (t.is_cuda() ? " on cuda" : " on cpu");
+}
+
+// A contiguous tensor of this dtype and shape, on the device of `beside`.
+inline void check_tensor(const Arg& arg, const Tensor& t, ScalarType dtype,
+                         std::initializer_list<int64_t> shape, const Tensor& beside) {
+  bool ok = t.scalar_type() == dtype && t.dim() == int64_t(shape.size()) && t.is_contiguous() &&
+            t.device() == beside.device();
+  for (size_t i = 0; ok && i < shape.size(); ++i) ok = t.size(int64_t(i)) == shape.begin()[i];
+  if (!ok)
+    refuse(arg,
+           "contiguous " + dtype_text(dtype) + " " + shape_text(shape.begin(), shape.size()) +
+               (beside.is_cuda() ? " on cuda" : " on cpu"),
+           describe(t));
+}
+
+inline DType check_float(const Arg& arg, ScalarType t) {
+  if (t == ScalarType::BFloat16) return DType::kBF16;
+  if (t == ScalarType::Half) return DType::kF16;
+  if (t == ScalarType::Float) return DType::kF32;
+  refuse(arg, "bfloat16, float16 or float32", dtype_text(t));
+}
+
+inline Granularity check_granularity(const char* op, const std::string& name) {
+  if (name == "token") return Granularity::kToken;
+  if (name == "class") return Granularity::kClass;
+  if (name == "block") return Granularity::kBlock;
+  refuse(Arg{op, "granularity"}, "one of token, class, block", "'" + name + "'");
+}
+
+// 'token' is one scale for all of a token, so all of it must have one precision.
+inline void check_one_precision(const char* op, Granularity g, int64_t K8, int64_t Kp) {
+  if (g == Granularity::kToken && K8 > 0 && K8 < Kp)
+    refuse(Arg{op, "granularity"}, "'class' or 'block' with mixed precision",
+           "'token' with K8=" + std::to_string(K8) + " of " + std::to_string(Kp));
+}
+
+inline int64_t scale_rows(Granularity g, int64_t blocks) {
+  return g == Granularity::kToken ? 1 : g == Granularity::kClass ? 2 : blocks;
+}
+
+}  // namespace tessella

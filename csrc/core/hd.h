@@ -1,0 +1,34 @@
+// The only header that everyone may include: host and device qualifier, and integer helpers.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#define TSL_HD __host__ __device__
+#elif defined(__CCE__)
+#define TSL_HD __forceinline__[host, aicore]
+#else
+#define TSL_HD
+#endif
+
+namespace tessella {
+
+TSL_HD constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+TSL_HD constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+// A compile-time value as an argument, from which a generic lambda can read it back.
+template <auto kValue>
+struct Const {
+  static constexpr auto value = kValue;
+};
+
+// Activations and results; our own list, so that kernels need no torch.
+enum class DType { kBF16, kF16, kF32 };
+
+// What shares an activation scale: a token, the INT8 or INT4 part of one, or a 128-channel block.
+enum class Granularity { kToken, kClass, kBlock };
+
+// Meaning of the weight scales; see layout/w4.h.
+enum class Scheme { kChannel, kGroup, kTwoLevel };
+
+}  // namespace tessella

@@ -1,0 +1,128 @@
+// The vocabulary of the CPU bodies on 256-bit vectors: 8 lanes; with TSL_AVX_VNNI the dot product
+// is VPDPBUSD, else AVX2's VPMADDUBSW. Same names in every vec_*.h; included by foreach_isa.h
+// inside this set's region and namespace.
+
+constexpr int kLanes = 8;
+constexpr bool kWideBytes = TSL_AVX_VNNI;  // VPMADDUBSW would saturate on bytes above 128
+
+using VI = __m256i;
+using VF = __m256;
+
+inline VI zero_i() { return _mm256_setzero_si256(); }
+inline VI set1_i(int32_t x) { return _mm256_set1_epi32(x); }
+inline VI load_i(const void* p) { return _mm256_loadu_si256(static_cast<const VI*>(p)); }
+inline void store_i(void* p, VI x) { _mm256_storeu_si256(static_cast<VI*>(p), x); }
+inline VI add(VI a, VI b) { return _mm256_add_epi32(a, b); }
+inline VI sub(VI a, VI b) { return _mm256_sub_epi32(a, b); }
+inline VI mul(VI a, VI b) { return _mm256_mullo_epi32(a, b); }
+inline VI max_i(VI a, VI b) { return _mm256_max_epi32(a, b); }
+inline int32_t reduce_max(VI a) {
+  __m128i x = _mm_max_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
+  x = _mm_max_epi32(x, _mm_shuffle_epi32(x, 0x4e));
+  return _mm_cvtsi128_si32(_mm_max_epi32(x, _mm_shuffle_epi32(x, 0xb1)));
+}
+inline int32_t reduce_add(VI a) {
+  __m128i x = _mm_add_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
+  x = _mm_add_epi32(x, _mm_shuffle_epi32(x, 0x4e));
+  return _mm_cvtsi128_si32(_mm_add_epi32(x, _mm_shuffle_epi32(x, 0xb1)));
+}
+// Low 16 bits of a lane of a (whose high 16 are zero) times the signed low 16 bits of b.
+inline VI mul16(VI a, VI b) { return _mm256_madd_epi16(a, b); }
+inline __m128i load16(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
+inline VI load_u8(const uint8_t* p) {
+  return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+}
+
+inline VF zero_f() { return _mm256_setzero_ps(); }
+inline VF set1_f(float x) { return _mm256_set1_ps(x); }
+inline VF load_f(const float* p) { return _mm256_loadu_ps(p); }
+inline void store_f(float* p, VF x) { _mm256_storeu_ps(p, x); }
+inline VF add(VF a, VF b) { return _mm256_add_ps(a, b); }
+inline VF mul(VF a, VF b) { return _mm256_mul_ps(a, b); }
+inline VF fma(VF a, VF b, VF c) { return _mm256_fmadd_ps(a, b, c); }
+inline VF to_f(VI x) { return _mm256_cvtepi32_ps(x); }
+inline VI round_to_i(VF x) { return _mm256_cvtps_epi32(x); }  // to nearest, ties to even
+inline VI abs_bits(VF x) {
+  return _mm256_and_si256(_mm256_castps_si256(x), _mm256_set1_epi32(0x7fffffff));
+}
+
+inline VF load_x(const float* p) { return load_f(p); }
+inline VF load_x(const F16* p) { return _mm256_cvtph_ps(load16(p)); }
+inline VF load_x(const BF16* p) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(load16(p)), 16));
+}
+// The low 16 bits of 8 lanes.
+inline __m128i low16(VI x) {
+  const VI packed = _mm256_packus_epi32(x, x);
+  return _mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08));
+}
+inline void store_x(float* p, VF x) { store_f(p, x); }
+inline void store_x(F16* p, VF x) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+}
+inline void store_x(BF16* p, VF x) {
+  const VI u = _mm256_castps_si256(x);
+  const VI odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), set1_i(1));
+  const VI even = _mm256_srli_epi32(add(u, add(odd, set1_i(0x7fff))), 16);
+  const VI nan = _mm256_or_si256(_mm256_srli_epi32(u, 16), set1_i(0x40));
+  const VI is_nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), low16(_mm256_blendv_epi8(even, nan, is_nan)));
+}
+inline void store_i8(int8_t* p, VI x) {
+  const __m128i h = _mm_packs_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(h, h));
+}
+
+// --- codes
+// 4 activation codes in every lane.
+inline VI codes4(const int8_t* p) {
+  int32_t x;
+  __builtin_memcpy(&x, p, 4);
+  return _mm256_set1_epi32(x);
+}
+// kLanes features x 8 channels of packed weights: channels 0..3 and 4..7.
+inline void nibbles(const uint8_t* p, VI* lo, VI* hi) {
+  const VI w = load_i(p), mask = _mm256_set1_epi8(15);
+  *lo = _mm256_and_si256(w, mask);
+  *hi = _mm256_and_si256(_mm256_srli_epi32(w, 4), mask);
+}
+// Bytes q * s1 + a of nibbles q, where lane n of s1 and a is one feature's: level 2 of two-level.
+struct Widen {
+  VI s1, a;
+};
+inline Widen widen_scales(const uint8_t* s1, const uint8_t* a) {
+  const VI s = load_u8(s1), b = load_u8(a);
+  return {_mm256_or_si256(s, _mm256_slli_epi32(s, 16)), mul(b, set1_i(0x01010101))};
+}
+inline VI widen(VI q, const Widen& w) {
+  return _mm256_add_epi8(_mm256_mullo_epi16(q, w.s1), w.a);
+}
+
+// A running dot product of unsigned weight bytes and signed codes over at most 32 channels.
+#if TSL_AVX_VNNI
+struct Dot {
+  VI acc;
+};
+inline void dot_begin(Dot& d, VI acc) { d.acc = acc; }
+inline void dot(Dot& d, VI w, VI x) {
+  __asm__("%{vex%} vpdpbusd %2, %1, %0" : "+x"(d.acc) : "x"(w), "x"(x));
+}
+inline VI dot_end(const Dot& d) { return d.acc; }
+#else
+// Pairs of products are summed in 16 bits: 15 * 128 * 2 = 3840 a step, so 8 steps (32 channels)
+// stay below 2^15 and the widening to 32 bits is paid once in 8.
+struct Dot {
+  VI acc, pairs;
+};
+inline void dot_begin(Dot& d, VI acc) {
+  d.acc = acc;
+  d.pairs = zero_i();
+}
+inline void dot(Dot& d, VI w, VI x) {
+  d.pairs = _mm256_add_epi16(d.pairs, _mm256_maddubs_epi16(w, x));
+}
+inline VI dot_end(const Dot& d) {
+  return add(d.acc, _mm256_madd_epi16(d.pairs, _mm256_set1_epi16(1)));
+}
+#endif
+inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }

@@ -1,0 +1,99 @@
+// The vocabulary of the CPU bodies on AVX512-VNNI: 16 lanes. Same names in every vec_*.h;
+// included by foreach_isa.h inside this set's region and namespace.
+
+constexpr int kLanes = 16;
+constexpr bool kWideBytes = true;  // dot() takes any unsigned byte, not only nibbles
+
+using VI = __m512i;
+using VF = __m512;
+
+inline VI zero_i() { return _mm512_setzero_si512(); }
+inline VI set1_i(int32_t x) { return _mm512_set1_epi32(x); }
+inline VI load_i(const void* p) { return _mm512_loadu_si512(p); }
+inline void store_i(void* p, VI x) { _mm512_storeu_si512(p, x); }
+inline VI add(VI a, VI b) { return _mm512_add_epi32(a, b); }
+inline VI sub(VI a, VI b) { return _mm512_sub_epi32(a, b); }
+inline VI mul(VI a, VI b) { return _mm512_mullo_epi32(a, b); }
+inline VI max_i(VI a, VI b) { return _mm512_max_epi32(a, b); }
+inline int32_t reduce_max(VI a) { return _mm512_reduce_max_epi32(a); }
+inline int32_t reduce_add(VI a) { return _mm512_reduce_add_epi32(a); }
+// Low 16 bits of a lane of a (whose high 16 are zero) times the signed low 16 bits of b.
+inline VI mul16(VI a, VI b) { return _mm512_madd_epi16(a, b); }
+inline VI load_u8(const uint8_t* p) {
+  return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+
+inline VF zero_f() { return _mm512_setzero_ps(); }
+inline VF set1_f(float x) { return _mm512_set1_ps(x); }
+inline VF load_f(const float* p) { return _mm512_loadu_ps(p); }
+inline void store_f(float* p, VF x) { _mm512_storeu_ps(p, x); }
+inline VF add(VF a, VF b) { return _mm512_add_ps(a, b); }
+inline VF mul(VF a, VF b) { return _mm512_mul_ps(a, b); }
+inline VF fma(VF a, VF b, VF c) { return _mm512_fmadd_ps(a, b, c); }
+inline VF to_f(VI x) { return _mm512_cvtepi32_ps(x); }
+inline VI round_to_i(VF x) { return _mm512_cvtps_epi32(x); }  // to nearest, ties to even
+inline VI abs_bits(VF x) {
+  return _mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(0x7fffffff));
+}
+
+inline __m256i load16(const void* p) {
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+}
+inline VF load_x(const float* p) { return load_f(p); }
+inline VF load_x(const F16* p) { return _mm512_cvtph_ps(load16(p)); }
+inline VF load_x(const BF16* p) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(load16(p)), 16));
+}
+inline void store_x(float* p, VF x) { store_f(p, x); }
+inline void store_x(F16* p, VF x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+}
+inline void store_x(BF16* p, VF x) {
+  const VI u = _mm512_castps_si512(x);
+  const VI odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), set1_i(1));
+  const VI even = _mm512_srli_epi32(add(u, add(odd, set1_i(0x7fff))), 16);
+  const VI nan = _mm512_or_si512(_mm512_srli_epi32(u, 16), set1_i(0x40));
+  const __mmask16 is_nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                      _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(even, is_nan, nan)));
+}
+inline void store_i8(int8_t* p, VI x) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(x));
+}
+
+// --- codes
+// 4 activation codes in every lane.
+inline VI codes4(const int8_t* p) {
+  int32_t x;
+  __builtin_memcpy(&x, p, 4);
+  return _mm512_set1_epi32(x);
+}
+// kLanes features x 8 channels of packed weights: channels 0..3 and 4..7.
+inline void nibbles(const uint8_t* p, VI* lo, VI* hi) {
+  const VI w = load_i(p), mask = _mm512_set1_epi8(15);
+  *lo = _mm512_and_si512(w, mask);
+  *hi = _mm512_and_si512(_mm512_srli_epi32(w, 4), mask);
+}
+// Bytes q * s1 + a of nibbles q, where lane n of s1 and a is one feature's: level 2 of two-level.
+struct Widen {
+  VI s1, a;
+};
+inline Widen widen_scales(const uint8_t* s1, const uint8_t* a) {
+  const VI s = load_u8(s1), b = load_u8(a);
+  return {_mm512_or_si512(s, _mm512_slli_epi32(s, 16)), mul(b, set1_i(0x01010101))};
+}
+inline VI widen(VI q, const Widen& w) {
+  return _mm512_add_epi8(_mm512_mullo_epi16(q, w.s1), w.a);
+}
+
+// A running dot product of unsigned weight bytes and signed codes. NOTE: gcc 12 copies every
+// accumulator of a _mm512_dpbusd_epi32 tile each iteration; the tied asm operand prevents it.
+struct Dot {
+  VI acc;
+};
+inline void dot_begin(Dot& d, VI acc) { d.acc = acc; }
+inline void dot(Dot& d, VI w, VI x) {
+  __asm__("vpdpbusd %2, %1, %0" : "+v"(d.acc) : "v"(w), "v"(x));
+}
+inline VI dot_end(const Dot& d) { return d.acc; }
+inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }

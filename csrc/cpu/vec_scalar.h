@@ -1,0 +1,81 @@
+// The vocabulary of the CPU bodies in plain C++: one lane, for any CPU. Same names in every
+// vec_*.h; included by foreach_isa.h inside this set's namespace.
+
+constexpr int kLanes = 1;
+constexpr bool kWideBytes = true;  // dot() takes any unsigned byte, not only nibbles
+
+struct VI {
+  int32_t v;
+};
+struct VF {
+  float v;
+};
+
+inline VI zero_i() { return {0}; }
+inline VI set1_i(int32_t x) { return {x}; }
+inline VI load_i(const void* p) {
+  VI x;
+  __builtin_memcpy(&x, p, 4);
+  return x;
+}
+inline void store_i(void* p, VI x) { __builtin_memcpy(p, &x, 4); }
+inline VI add(VI a, VI b) { return {a.v + b.v}; }
+inline VI sub(VI a, VI b) { return {a.v - b.v}; }
+inline VI mul(VI a, VI b) { return {a.v * b.v}; }
+inline VI max_i(VI a, VI b) { return {a.v > b.v ? a.v : b.v}; }
+inline int32_t reduce_max(VI a) { return a.v; }
+inline int32_t reduce_add(VI a) { return a.v; }
+// Low 16 bits of a (whose high 16 are zero) times the signed low 16 bits of b.
+inline VI mul16(VI a, VI b) { return {int16_t(a.v) * int16_t(b.v)}; }
+inline VI load_u8(const uint8_t* p) { return {*p}; }
+
+inline VF zero_f() { return {0.f}; }
+inline VF set1_f(float x) { return {x}; }
+inline VF load_f(const float* p) { return {*p}; }
+inline void store_f(float* p, VF x) { *p = x.v; }
+inline VF add(VF a, VF b) { return {a.v + b.v}; }
+inline VF mul(VF a, VF b) { return {a.v * b.v}; }
+inline VF fma(VF a, VF b, VF c) { return {a.v * b.v + c.v}; }  // rounds twice
+inline VF to_f(VI x) { return {float(x.v)}; }
+// To nearest, ties to even: the sum's unit is 1, so the addition itself rounds (|x| < 2^22).
+inline VI round_to_i(VF x) {
+  return {int32_t(float_to_bits(x.v + 12582912.f) - float_to_bits(12582912.f))};
+}
+inline VI abs_bits(VF x) { return {int32_t(float_to_bits(x.v) & 0x7fffffff)}; }
+
+template <class T>
+VF load_x(const T* p) {
+  return {to_float(*p)};
+}
+template <class T>
+void store_x(T* p, VF x) {
+  *p = from_float<T>(x.v);
+}
+inline void store_i8(int8_t* p, VI x) { *p = int8_t(x.v); }
+
+// --- codes: the 4 bytes of a lane
+inline VI codes4(const int8_t* p) { return load_i(p); }
+inline void nibbles(const uint8_t* p, VI* lo, VI* hi) {
+  const uint32_t w = uint32_t(load_i(p).v);
+  *lo = {int32_t(w & 0x0f0f0f0f)};
+  *hi = {int32_t(w >> 4 & 0x0f0f0f0f)};
+}
+// Bytes q * s1 + a of nibbles q: no byte overflows, so one 32-bit multiply does all four.
+struct Widen {
+  uint32_t s1, a;
+};
+inline Widen widen_scales(const uint8_t* s1, const uint8_t* a) {
+  return {*s1, uint32_t(*a) * 0x01010101u};
+}
+inline VI widen(VI q, const Widen& w) { return {int32_t(uint32_t(q.v) * w.s1 + w.a)}; }
+
+struct Dot {
+  int32_t acc;
+};
+inline void dot_begin(Dot& d, VI acc) { d.acc = acc.v; }
+inline void dot(Dot& d, VI w, VI x) {
+  for (int i = 0; i < 32; i += 8)
+    d.acc += int32_t(uint8_t(uint32_t(w.v) >> i)) * int8_t(uint32_t(x.v) >> i);
+}
+inline VI dot_end(const Dot& d) { return {d.acc}; }
+inline void prefetch(const void*) {}

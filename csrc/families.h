@@ -1,0 +1,46 @@
+// Every kernel of this build by name: the lists that drive dispatch, tests and benches.
+#pragma once
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "act_quant/kernels.h"
+#include "w4ax_gemm/kernels.h"
+
+namespace tessella {
+
+using Family = std::pair<std::string, std::vector<std::string>>;
+
+inline std::vector<Family> families() {
+  return {
+      {"act_quant",
+       {
+#define X(isa) "act_quant." #isa,
+           TSL_ACT_QUANT_CPU(X)
+#undef X
+#define X(name) "act_quant." #name,
+               TSL_ACT_QUANT_CUDA(X)
+#undef X
+       }},
+      {"w4ax_gemm",
+       {
+#define X(isa) "w4ax_gemm." #isa ".gemv",
+           TSL_W4AX_GEMM_GEMV(X)
+#undef X
+#define X(isa) "w4ax_gemm." #isa ".skinny",
+               TSL_W4AX_GEMM_SKINNY(X)
+#undef X
+#define X(isa) "w4ax_gemm." #isa ".wide",
+                   TSL_W4AX_GEMM_WIDE(X)
+#undef X
+       }},
+  };
+}
+
+inline std::vector<std::string> all_kernels() {
+  std::vector<std::string> names;
+  for (const Family& f : families()) names.insert(names.end(), f.second.begin(), f.second.end());
+  return names;
+}
+
+}  // namespace tessella

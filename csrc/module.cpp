@@ -1,0 +1,103 @@
+// _C: what this build is and would do, without torch: build info, kernels, plans, layout slots.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "core/env.h"
+#include "families.h"
+#include "layout/act.h"
+#include "layout/w4.h"
+#include "w4ax_gemm/plan.h"
+
+namespace py = pybind11;
+using namespace tessella;
+
+static py::dict build_info() {
+  py::dict d;
+  d["version"] = TESSELLA_VERSION;
+  d["git"] = TESSELLA_GIT;
+  d["compiler"] = "g++ " __VERSION__;
+  d["cuda_version"] = TESSELLA_CUDA_VERSION;
+#ifdef TESSELLA_WITH_CUDA
+  d["cuda"] = true;
+#else
+  d["cuda"] = false;
+#endif
+  py::list archs;
+  const std::string all = TESSELLA_CUDA_ARCHS;
+  for (size_t at = 0; at < all.size();) {
+    const size_t comma = std::min(all.find(',', at), all.size());
+    archs.append(all.substr(at, comma - at));
+    at = comma + 1;
+  }
+  d["cuda_archs"] = archs;
+  return d;
+}
+
+static py::dict cpu_isa() {
+  refresh_env();
+  py::dict d;
+  std::vector<std::string> supported;
+  for (Isa isa : all_isas())
+    if (isa_supported(isa)) supported.push_back(isa_name(isa));
+  d["best"] = isa_name(env().best_isa);
+  d["supported"] = supported;
+  d["capped_by"] = env().capped_by.empty() ? py::object(py::none()) : py::str(env().capped_by);
+  return d;
+}
+
+static py::dict kernels() {
+  py::dict d;
+  for (const Family& f : families()) d[py::str(f.first)] = f.second;
+  return d;
+}
+
+static py::dict plan_w4ax_gemm(int64_t M, int64_t N, int64_t K, int threads,
+                               const std::string& isa) {
+  Isa i = env().best_isa;
+  if (!isa.empty() && !parse_isa(isa, &i)) throw py::value_error("isa: unknown name '" + isa + "'");
+  const w4ax_gemm::Problem problem{M, N, round_up(K, 128), threads};
+  const w4ax_gemm::Plan plan = w4ax_gemm::plan(problem, i);
+  py::dict d;
+  d["kernel"] = std::string("w4ax_gemm.") + isa_name(i) + "." + plan.tile;
+  d["tile"] = plan.tile;
+  d["chunk_rows"] = plan.chunk_rows;
+  d["tasks"] = plan.tasks;
+  d["task_work"] = plan.task_work;
+  return d;
+}
+
+static layout::W4Panel panel(const std::string& scheme, int64_t N, int64_t K) {
+  const bool group = scheme[0] == 'g';
+  return {scheme == "channel" ? Scheme::kChannel : group ? Scheme::kGroup : Scheme::kTwoLevel, N,
+          round_up(K, 128), group ? std::stoi(scheme.substr(1)) : 128};
+}
+
+// Layout slots, for the test that compares them with tessella.layout index by index.
+static void bind_layouts(py::module_& m) {
+  m.def("w4_bytes", [](const std::string& s, int64_t N, int64_t K) { return panel(s, N, K).bytes(); });
+  m.def("w4_code_slot", [](const std::string& s, int64_t N, int64_t K, int64_t n, int64_t k) {
+    const layout::Slot slot = panel(s, N, K).code(n, k);
+    return std::make_pair(slot.byte, slot.shift);
+  });
+  m.def("w4_group_slots", [](const std::string& s, int64_t N, int64_t K, int64_t n, int64_t g) {
+    return std::make_pair(panel(s, N, K).group_scale(n, g), panel(s, N, K).group_zero(n, g));
+  });
+  m.def("w4_channel_slots", [](const std::string& s, int64_t N, int64_t K, int64_t n) {
+    return std::make_pair(panel(s, N, K).channel_scale(n), panel(s, N, K).channel_zero(n));
+  });
+  m.def("act_code_slot", [](int64_t M, int64_t K, int64_t K8, int64_t mm, int64_t k) {
+    const layout::Slot slot = layout::ActBlocks{M, round_up(K, 128), K8}.code(mm, k);
+    return std::make_pair(slot.byte, slot.shift);
+  });
+  m.attr("W4_LAYOUT_VERSION") = int(layout::W4Panel::kVersion);
+}
+
+PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
+  m.doc() = "What this build of tessella is and would do; needs no torch.";
+  m.def("build_info", &build_info, "Version, compiler, CUDA version and GPU architectures.");
+  m.def("cpu_isa", &cpu_isa, "Best instruction set in use, those supported, and the cap.");
+  m.def("kernels", &kernels, "Every compiled kernel: family -> names, as TESSELLA_FORCE takes them.");
+  m.def("plan_w4ax_gemm", &plan_w4ax_gemm, py::arg("M"), py::arg("N"), py::arg("K"),
+        py::arg("threads") = 1, py::arg("isa") = "", "The plan for one problem on CPU.");
+  bind_layouts(m);
+}

@@ -1,0 +1,132 @@
+// Torch entries of w4ax_gemm, w4_pack and w4_unpack on CPU.
+#include <tuple>
+
+#include "core/env.h"
+#include "w4ax_gemm/check.h"
+#include "w4ax_gemm/plan.h"
+
+namespace tessella::w4ax_gemm {
+
+static void run(Params& p, const Tensor& codes4, const Tensor& out) {
+  if (p.M == 0) return;
+  p.out = out.mutable_data_ptr();
+  // scratch: INT4 codes as bytes, and code sums of groups smaller than a block
+  Tensor x4 = codes4, sums = codes4;
+  if (codes4.size(0) > 0) {
+    x4 = torch::stable::new_empty(codes4, {codes4.numel() * 2}, ScalarType::Char);
+    p.x4 = x4.mutable_data_ptr<int8_t>();
+    widen_int4(codes4.const_data_ptr<uint8_t>(), codes4.size(0) * p.M, const_cast<int8_t*>(p.x4));
+  }
+  if (p.panel.G < 128) {
+    sums = torch::stable::new_empty(codes4, {p.panel.Kp / p.panel.G * p.M}, ScalarType::Int);
+    sum_groups(p, sums.mutable_data_ptr<int32_t>());
+    p.sums = sums.const_data_ptr<int32_t>();
+  }
+  const Problem problem{p.M, p.panel.N, p.panel.Kp, int(torch::stable::get_num_threads())};
+  const Plan chosen = plan(problem, env().best_isa);
+  if (env().log_plan) log_plan(to_string(problem, chosen));
+  run_cpu(p, chosen);
+}
+
+static Tensor w4ax_gemm(const Tensor& codes8, const Tensor& codes4, const Tensor& sums,
+                        const Tensor& scales, const Tensor& w, const std::string& scheme, int64_t N,
+                        const std::string& granularity, const std::optional<Tensor>& bias,
+                        ScalarType dtype) {
+  Params p = check("w4ax_gemm", codes8, codes4, sums, scales, w, scheme, N, granularity, bias,
+                   dtype);
+  Tensor out = torch::stable::new_empty(codes8, {p.M, N}, dtype);
+  run(p, codes4, out);
+  return out;
+}
+
+static void w4ax_gemm_out(const Tensor& codes8, const Tensor& codes4, const Tensor& sums,
+                          const Tensor& scales, const Tensor& w, const std::string& scheme,
+                          int64_t N, const std::string& granularity,
+                          const std::optional<Tensor>& bias, const Tensor& out) {
+  Params p = check("w4ax_gemm_out", codes8, codes4, sums, scales, w, scheme, N, granularity, bias,
+                   out.scalar_type());
+  check_tensor(Arg{"w4ax_gemm_out", "out"}, out, out.scalar_type(), {p.M, N}, w);
+  run(p, codes4, out);
+}
+
+// Two-level bytes q * s1 + a must not pass 255; only a malformed weight can.
+static void check_two_level(const layout::W4Panel& panel, const Canonical& c) {
+  const auto* s1 = static_cast<const uint8_t*>(c.group_scales);
+  for (int64_t n = 0; n < panel.N; ++n)
+    for (int64_t g = 0; g < panel.Kp / 128; ++g) {
+      const int64_t i = n * (panel.Kp / 128) + g;
+      if (15 * s1[i] + c.zeros[i] <= 255) continue;
+      int most = 0;
+      for (int64_t k = 0; k < 64; ++k) {
+        const uint8_t byte = c.codes[n * panel.Kp / 2 + g * 64 + k];
+        most = std::max({most, byte & 15, byte >> 4});
+      }
+      if (most * s1[i] + c.zeros[i] > 255)
+        refuse(Arg{"w4_pack", "group_scales"},
+               "q * s1 + a <= 255 (row " + std::to_string(n) + ", group " + std::to_string(g) + ")",
+               most * s1[i] + c.zeros[i]);
+    }
+}
+
+static Tensor w4_pack(const Tensor& codes, const std::optional<Tensor>& channel_scales,
+                      const std::optional<Tensor>& group_scales, const Tensor& zeros,
+                      const std::string& scheme, int64_t K) {
+  const char* op = "w4_pack";
+  if (codes.dim() != 2) refuse(Arg{op, "codes"}, "[N, Kp/2]", describe(codes));
+  const int64_t N = codes.size(0), Kp = round_up(K, 128);
+  const layout::W4Panel panel = check_scheme(op, scheme, N, Kp);
+  check_tensor(Arg{op, "codes"}, codes, ScalarType::Byte, {N, Kp / 2}, codes);
+  Canonical c{codes.mutable_data_ptr<uint8_t>(), nullptr, nullptr, nullptr};
+  const bool two = panel.scheme == Scheme::kTwoLevel, channel = panel.scheme == Scheme::kChannel;
+  if (channel)
+    check_tensor(Arg{op, "zeros"}, zeros, ScalarType::Byte, {N}, codes);
+  else
+    check_tensor(Arg{op, "zeros"}, zeros, ScalarType::Byte, {N, Kp / panel.G}, codes);
+  c.zeros = zeros.mutable_data_ptr<uint8_t>();
+  if (two || channel) {
+    if (!channel_scales) refuse(Arg{op, "channel_scales"}, "a tensor for this scheme", "None");
+    check_tensor(Arg{op, "channel_scales"}, *channel_scales, ScalarType::Float, {N}, codes);
+    c.channel_scales = channel_scales->mutable_data_ptr<float>();
+  }
+  if (!channel) {
+    if (!group_scales) refuse(Arg{op, "group_scales"}, "a tensor for this scheme", "None");
+    check_tensor(Arg{op, "group_scales"}, *group_scales, two ? ScalarType::Byte : ScalarType::Half,
+                 {N, Kp / panel.G}, codes);
+    c.group_scales = group_scales->mutable_data_ptr();
+  }
+  if (two) check_two_level(panel, c);
+  Tensor out = torch::stable::new_empty(codes, {panel.bytes()}, ScalarType::Byte);
+  pack_panels(c, panel, out.mutable_data_ptr<uint8_t>());
+  return out;
+}
+
+static std::tuple<Tensor, Tensor, Tensor, Tensor> w4_unpack(const Tensor& w,
+                                                            const std::string& scheme, int64_t N,
+                                                            int64_t K) {
+  const int64_t Kp = round_up(K, 128);
+  const layout::W4Panel panel = check_scheme("w4_unpack", scheme, N, Kp);
+  check_tensor(Arg{"w4_unpack", "w"}, w, ScalarType::Byte, {panel.bytes()}, w);
+  const bool two = panel.scheme == Scheme::kTwoLevel, channel = panel.scheme == Scheme::kChannel;
+  auto make = [&](torch::headeronly::IntHeaderOnlyArrayRef shape, ScalarType dtype) {
+    return torch::stable::new_empty(w, shape, dtype);
+  };
+  // a field that the scheme does not have is an empty tensor
+  Tensor codes = make({N, Kp / 2}, ScalarType::Byte);
+  Tensor channel_scales = channel || two ? make({N}, ScalarType::Float) : make({0}, ScalarType::Float);
+  Tensor group_scales = channel ? make({0}, ScalarType::Half)
+                                : make({N, Kp / panel.G}, two ? ScalarType::Byte : ScalarType::Half);
+  Tensor zeros = channel ? make({N}, ScalarType::Byte) : make({N, Kp / panel.G}, ScalarType::Byte);
+  unpack_panels(w.const_data_ptr<uint8_t>(), panel,
+                {codes.mutable_data_ptr<uint8_t>(), channel_scales.mutable_data_ptr<float>(),
+                 group_scales.mutable_data_ptr(), zeros.mutable_data_ptr<uint8_t>()});
+  return {codes, channel_scales, group_scales, zeros};
+}
+
+STABLE_TORCH_LIBRARY_IMPL(tessella, CPU, m) {
+  m.impl("w4ax_gemm", TORCH_BOX(&w4ax_gemm));
+  m.impl("w4ax_gemm_out", TORCH_BOX(&w4ax_gemm_out));
+  m.impl("w4_pack", TORCH_BOX(&w4_pack));
+  m.impl("w4_unpack", TORCH_BOX(&w4_unpack));
+}
+
+}  // namespace tessella::w4ax_gemm
