@@ -1,0 +1,94 @@
+"""`quantization_config`, the part of a checkpoint's config.json that says how it is stored."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from tessella._version import __version__
+from tessella.formats import FORMAT_VERSION, GRANULARITIES, SCHEMES
+from tessella.models.errors import CheckpointError
+from tessella.quant.recipe import Recipe, RecipeError
+
+QUANT_METHOD = "tessella"
+"""`quant_method` of every checkpoint that this package writes."""
+
+
+@dataclass(frozen=True)
+class LayerFormat:
+    """How one linear is stored and run: the arguments of W4AxLinear that tensors do not tell."""
+
+    scheme: str
+    granularity: str = "token"
+    k8: int = -1
+    perm: bool = False
+
+
+@dataclass(frozen=True)
+class QuantizationConfig:
+    """A parsed `quantization_config`: the recipe, and the format of each 4-bit linear by name."""
+
+    recipe: Recipe
+    layers: dict[str, LayerFormat]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON object for config.json."""
+        return {
+            "quant_method": QUANT_METHOD,
+            "format_version": FORMAT_VERSION,
+            "tessella_version": __version__,
+            "recipe": self.recipe.to_dict(),
+            "layers": {name: dataclasses.asdict(f) for name, f in self.layers.items()},
+        }
+
+    @classmethod
+    def from_dict(cls, d: dict[str, Any], file: str) -> QuantizationConfig:
+        """The inverse of :meth:`to_dict`; `file` is where `d` was read, for the messages.
+
+        Raises CheckpointError: another quant_method, a newer format version, a recipe or a layer
+        that is not valid.
+        """
+        where = f"{file}: quantization_config"
+        if (method := d.get("quant_method")) != QUANT_METHOD:
+            raise CheckpointError(
+                f"{where}.quant_method: expected {QUANT_METHOD!r}, got {method!r}"
+            )
+        check_version(d, file)
+        try:
+            recipe = Recipe.from_dict(d.get("recipe"))
+        except RecipeError as e:
+            raise CheckpointError(f"{where}: {e}") from None
+        layers = d.get("layers")
+        if not isinstance(layers, dict):
+            raise CheckpointError(f"{where}.layers: expected an object, got {layers!r}")
+        return cls(recipe, {n: _layer(f"{where}.layers.{n}", f) for n, f in layers.items()})
+
+
+def check_version(d: dict[str, Any], file: str) -> None:
+    """Refuse a `quantization_config` whose format this version cannot read (CheckpointError)."""
+    version = d.get("format_version")
+    if isinstance(version, bool) or not isinstance(version, int) or version < 1:
+        raise CheckpointError(
+            f"{file}: quantization_config.format_version: expected a whole number from 1 to "
+            f"{FORMAT_VERSION}, got {version!r}"
+        )
+    if version > FORMAT_VERSION:
+        raise CheckpointError(
+            f"{file}: quantization_config.format_version: expected at most {FORMAT_VERSION}, got "
+            f"{version}: the checkpoint was written by a newer tessella "
+            f"({d.get('tessella_version', 'unknown')}; this is {__version__})"
+        )
+
+
+def _layer(where: str, d: Any) -> LayerFormat:
+    valid = [f.name for f in dataclasses.fields(LayerFormat)]
+    if not isinstance(d, dict) or "scheme" not in d or not d.keys() <= set(valid):
+        raise CheckpointError(f"{where}: expected fields {', '.join(valid)}, got {d!r}")
+    f = LayerFormat(**d)
+    if f.scheme not in SCHEMES or f.granularity not in GRANULARITIES:
+        raise CheckpointError(
+            f"{where}: expected a scheme of {', '.join(SCHEMES)} and a granularity of "
+            f"{', '.join(GRANULARITIES)}, got {d!r}"
+        )
+    return f
