@@ -50,6 +50,8 @@ class EvalResult:
     documents: int = 0
     """Documents that at least one predicted token came from."""
     ppl_ref: float | None = None
+    """Perplexity of the reference."""
+    ppl_ref_stderr: float | None = None
     ppl_ratio: float | None = None
     """ppl / ppl_ref."""
     ppl_ratio_stderr: float | None = None
@@ -80,8 +82,6 @@ def split_windows(
     left = math.inf if limit_tokens is None else limit_tokens
     for document, ids in enumerate(docs):
         for start in range(0, len(ids), ctx):
-            if left <= 0:
-                return windows
             window = ids[start : start + ctx]
             if bos is not None:
                 window = [bos, *window]
@@ -90,6 +90,8 @@ def split_windows(
                 tokens = torch.tensor(window[: n + 1], dtype=torch.int64)
                 windows.append(Window(tokens[:-1], tokens[1:], document))
                 left -= n
+            if left <= 0:
+                return windows
     return windows
 
 
@@ -248,6 +250,7 @@ def _summarise(sums_W4: Tensor, windows: list[Window], *, with_reference: bool) 
         kl=kl,
         top1=agree,
         ppl_ref=math.exp(ref),
+        ppl_ref_stderr=math.exp(ref) * _stderr(sums_W4[:, 1], tokens_W),
         ppl_ratio=ratio,
         ppl_ratio_stderr=ratio * paired,
     )
