@@ -130,3 +130,34 @@ def links_lead_somewhere(tree: Tree) -> Iterator[str]:
                 yield f"{path}: link to {link}, which does not exist"
             elif anchor and target in pages and anchor not in _anchors(pages[target]):
                 yield f"{path}: link to {link}, no such heading"
+
+
+_SETTING = re.compile(
+    r"""(?:environ(?:\.get)?[\[(]\s*|getenv\(|\bread\()["'](TESSELLA_\w+)|\$ENV\{(TESSELLA_\w+)\}"""
+)
+
+
+@rule(
+    bad=[
+        {"README.md": "", "python/tessella/a.py": "os.environ.get('TESSELLA_A', '')"},
+        {"README.md": "`TESSELLA_AB`", "csrc/core/env.cpp": 'std::getenv("TESSELLA_A")'},
+        {"README.md": "", "CMakeLists.txt": "set(X $ENV{TESSELLA_A})"},
+        {"README.md": "`TESSELLA_GONE=1`", "python/tessella/a.py": ""},
+    ],
+    good={
+        "README.md": "| `TESSELLA_A=1` | `TESSELLA_B` |",
+        "csrc/core/env.cpp": 'read("TESSELLA_A"); TESSELLA_WITH_CUDA',
+        "_backend/b.py": 'os.environ["TESSELLA_B"]',
+    },
+)
+def settings_are_documented(tree: Tree) -> Iterator[str]:
+    """README lists the environment variables that are read, and no others."""
+    readme = dict(tree.matching(r"README\.md")).get("README.md", "")
+    listed = set(re.findall(r"\bTESSELLA_\w+", readme))
+    used: dict[str, str] = {}
+    for path, text in tree.matching(r"(python|csrc|_backend)/.*|CMakeLists\.txt"):
+        used |= dict.fromkeys((a or b for a, b in _SETTING.findall(text)), path)
+    for name in sorted(set(used) - listed):
+        yield f"{used[name]}: reads {name}, which README.md does not list"
+    for name in sorted(listed - set(used)):
+        yield f"README.md: lists {name}, which nothing reads"
