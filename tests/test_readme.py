@@ -49,9 +49,6 @@ def test_every_block_is_checked():
 
 def test_quick_start_is_two_commands():
     """.ci/run executes the second one word by word, and its --full run the demo of the first."""
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
-        "optional-dependencies"
-    ]
     assert command("demo").split(" && ")[-1] == "tessella demo"
     install, test = command("test").split(" && ")
     assert test == "pytest"
