@@ -54,7 +54,6 @@ def test_quick_start_is_two_commands():
     assert test == "pytest"
     extra = re.fullmatch(r'pip install "\.\[(\w+)\]"', install)[1]
     assert re.search(rf"^{extra} = \[", (ROOT / "pyproject.toml").read_text(), re.M)
-    assert "readme_command test" in (ROOT / ".ci/run").read_text()
 
 
 def test_kernels_are_named():
