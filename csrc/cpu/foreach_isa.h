@@ -14,6 +14,11 @@
 #if TSL_X86
 #include <immintrin.h>
 
+// gcc 12 warns about its own _mm512_undefined_*() in every intrinsic that uses one
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")
 namespace tessella::avx512vnni {
@@ -41,6 +46,7 @@ namespace tessella::avx2 {
 #undef TSL_AVX_VNNI
 }  // namespace tessella::avx2
 #pragma GCC pop_options
+#pragma GCC diagnostic pop
 #endif
 
 namespace tessella::scalar {

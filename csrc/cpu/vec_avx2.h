@@ -80,12 +80,9 @@ inline VI codes4(const int8_t* p) {
   __builtin_memcpy(&x, p, 4);
   return _mm256_set1_epi32(x);
 }
-// kLanes features x 8 channels of packed weights: channels 0..3 and 4..7.
-inline void nibbles(const uint8_t* p, VI* lo, VI* hi) {
-  const VI w = load_i(p), mask = _mm256_set1_epi8(15);
-  *lo = _mm256_and_si256(w, mask);
-  *hi = _mm256_and_si256(_mm256_srli_epi32(w, 4), mask);
-}
+// Of kLanes features x 8 channels of packed weights, channels 0..3 and 4..7.
+inline VI low_nibbles(VI w) { return _mm256_and_si256(w, _mm256_set1_epi8(15)); }
+inline VI high_nibbles(VI w) { return low_nibbles(_mm256_srli_epi32(w, 4)); }
 // Bytes q * s1 + a of nibbles q, where lane n of s1 and a is one feature's: level 2 of two-level.
 struct Widen {
   VI s1, a;
@@ -119,7 +116,12 @@ inline void dot_begin(Dot& d, VI acc) {
   d.pairs = zero_i();
 }
 inline void dot(Dot& d, VI w, VI x) {
-  d.pairs = _mm256_add_epi16(d.pairs, _mm256_maddubs_epi16(w, x));
+  // NOTE: from intrinsics gcc 12 forms all products of a tile first, to add them in a tree, and
+  // spills every one of them; one asm keeps the pair together.
+  VI product;
+  __asm__("vpmaddubsw %3, %2, %1\n\tvpaddw %1, %0, %0"
+          : "+x"(d.pairs), "=&x"(product)
+          : "x"(w), "x"(x));
 }
 inline VI dot_end(const Dot& d) {
   return add(d.acc, _mm256_madd_epi16(d.pairs, _mm256_set1_epi16(1)));

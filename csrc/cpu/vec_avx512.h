@@ -68,12 +68,9 @@ inline VI codes4(const int8_t* p) {
   __builtin_memcpy(&x, p, 4);
   return _mm512_set1_epi32(x);
 }
-// kLanes features x 8 channels of packed weights: channels 0..3 and 4..7.
-inline void nibbles(const uint8_t* p, VI* lo, VI* hi) {
-  const VI w = load_i(p), mask = _mm512_set1_epi8(15);
-  *lo = _mm512_and_si512(w, mask);
-  *hi = _mm512_and_si512(_mm512_srli_epi32(w, 4), mask);
-}
+// Of kLanes features x 8 channels of packed weights, channels 0..3 and 4..7.
+inline VI low_nibbles(VI w) { return _mm512_and_si512(w, _mm512_set1_epi8(15)); }
+inline VI high_nibbles(VI w) { return low_nibbles(_mm512_srli_epi32(w, 4)); }
 // Bytes q * s1 + a of nibbles q, where lane n of s1 and a is one feature's: level 2 of two-level.
 struct Widen {
   VI s1, a;

@@ -55,11 +55,8 @@ inline void store_i8(int8_t* p, VI x) { *p = int8_t(x.v); }
 
 // --- codes: the 4 bytes of a lane
 inline VI codes4(const int8_t* p) { return load_i(p); }
-inline void nibbles(const uint8_t* p, VI* lo, VI* hi) {
-  const uint32_t w = uint32_t(load_i(p).v);
-  *lo = {int32_t(w & 0x0f0f0f0f)};
-  *hi = {int32_t(w >> 4 & 0x0f0f0f0f)};
-}
+inline VI low_nibbles(VI w) { return {int32_t(uint32_t(w.v) & 0x0f0f0f0f)}; }
+inline VI high_nibbles(VI w) { return {int32_t(uint32_t(w.v) >> 4 & 0x0f0f0f0f)}; }
 // Bytes q * s1 + a of nibbles q: no byte overflows, so one 32-bit multiply does all four.
 struct Widen {
   uint32_t s1, a;

@@ -24,7 +24,7 @@ SCHEMES: dict[str, int] = {"channel": 0, "g32": 32, "g64": 64, "g128": 128, "two
 """Weight schemes and their group size G (0: one group of all K)."""
 
 GRANULARITIES = ("token", "class", "block")
-"""Activation scales: per token [M], per token and precision [2, M], per token and block [Kp/128, M]."""
+"""Activation scales: per token [M], token and precision [2, M], token and block [Kp/128, M]."""
 
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 """dtypes of activations and results (CUDA: the first two)."""

@@ -1,0 +1,39 @@
+"""Run one compiled kernel instead of the planner's choice."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from tessella import _native
+
+
+@contextmanager
+def environment(**variables: str) -> Iterator[None]:
+    """Set TESSELLA_<NAME> variables for a while and have the kernels read them."""
+    names = {f"TESSELLA_{name}": value for name, value in variables.items()}
+    before = {name: os.environ.get(name) for name in names}
+    os.environ.update(names)
+    try:
+        _native.refresh_env()
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
+        _native.refresh_env()
+
+
+def force(*kernels: str):
+    """Context in which these kernels (one a family at most) run. ValueError on unknown names."""
+    return environment(FORCE=",".join(kernels))
+
+
+def runnable(family: str) -> list[str]:
+    """The compiled CPU kernels of a family that this machine can run."""
+    if _native._C is None:
+        return []
+    isas = set(_native._C.cpu_isa()["supported"])
+    return [k for k in _native._C.kernels().get(family, []) if k.split(".")[1] in isas]

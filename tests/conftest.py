@@ -1,0 +1,34 @@
+"""Fixtures shared by all tests."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tessella import _native
+
+
+def pytest_collection_modifyitems(items):
+    """GPU tests skip, with a reason, where there is no GPU or no CUDA build."""
+    reason = None
+    if not torch.cuda.is_available():
+        reason = "needs a CUDA GPU"
+    elif not (_native._C and _native._C.build_info()["cuda"]):
+        reason = "needs a build with CUDA"
+    for item in items:
+        if reason and item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture
+def rng() -> torch.Generator:
+    """A seeded generator: every test draws the same numbers on every run."""
+    return torch.Generator().manual_seed(20250131)
+
+
+@pytest.fixture
+def threads():
+    """Sets torch's thread count and restores it."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
