@@ -1,0 +1,5 @@
+"""``python -m tessella``: the command line."""
+
+from tessella.cli import main
+
+main()

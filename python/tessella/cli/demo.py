@@ -1,0 +1,226 @@
+"""``tessella demo``: the bundled model, converted and compared with the original."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sysconfig
+import tempfile
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from tessella.cli.loading import Device, DType, load_model
+from tessella.cli.session import CommandError, Debug, Json, Session, session
+
+if TYPE_CHECKING:
+    from tessella.cli.measure import Bytes, Speed
+    from tessella.integrations.evaluate import EvalResult
+
+MODEL = Path(__file__).parents[1] / "data" / "pylm-6m"
+RECIPE = "w4a8"
+BOS = "<|endoftext|>"
+"""What every training document of the bundled model began with."""
+PROMPT = 'def word_count(text):\n    """Count how often each word occurs in `text`."""\n'
+
+STDLIB_FILES = (
+    "argparse.py",
+    "base64.py",
+    "calendar.py",
+    "configparser.py",
+    "csv.py",
+    "fractions.py",
+    "heapq.py",
+    "json/decoder.py",
+    "queue.py",
+    "random.py",
+    "shlex.py",
+    "socketserver.py",
+    "statistics.py",
+    "tempfile.py",
+    "textwrap.py",
+    "traceback.py",
+)
+"""Modules that every supported Python has as a single source file."""
+
+CTX = 1024
+EXCERPT_CHARS = 4000
+"""Of each file, from its start: about one window of tokens."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Budget:
+    """How much the demo does."""
+
+    eval_tokens: int
+    prompt_chars: int
+    new_tokens: int
+    rounds: int
+
+
+COMPILED = Budget(eval_tokens=16384, prompt_chars=2000, new_tokens=64, rounds=5)
+STAND_IN = Budget(eval_tokens=2048, prompt_chars=400, new_tokens=12, rounds=1)
+"""For reference implementations, which are some hundred times slower."""
+
+
+def demo(
+    keep: Annotated[
+        Path | None, typer.Option(help="Keep the converted checkpoint in this new folder.")
+    ] = None,
+    prompt: Annotated[str, typer.Option(help="Python code to continue.")] = PROMPT,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Convert a small bundled model to 4 bit, and show it beside the original.
+
+    Needs no network. Measures perplexity on source text of the running
+    Python's standard library, bytes of weights, and speed; then the 4-bit
+    model continues a prompt.
+
+    JSON: recipe, original and converted (ppl, ppl_stderr, bytes,
+    prefill_tok_s, decode_tok_s), kernels (name: calls), completion, seconds.
+
+    \b
+    Examples:
+      tessella demo
+      tessella demo --keep ./pylm-w4a8 --prompt "class Stack:"
+      tessella demo --json
+    """
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own messages
+    started = time.perf_counter()
+    with session(json=json, debug=debug) as s:
+        folder = nullcontext(str(keep)) if keep else tempfile.TemporaryDirectory(prefix="tessella-")
+        with folder as name:
+            converted = Path(name) if keep else Path(name) / "pylm-6m-w4a8"
+            answer = _run(s, converted, prompt)
+        answer["seconds"] = time.perf_counter() - started
+        s.note(f"{answer['seconds']:.0f} s" + (f"; converted model in {keep}" if keep else ""))
+        s.answer(answer)
+
+
+def _run(s: Session, converted: Path, prompt: str) -> dict[str, Any]:
+    """Convert into `converted`, measure, show, and return what --json prints."""
+    from tessella import _native
+    from tessella.cli import measure
+    from tessella.integrations.evaluate import perplexity
+    from tessella.models.convert import convert
+    from tessella.models.linear import W4AxLinear
+    from tessella.quant.recipe import PRESETS
+
+    if not (MODEL / "config.json").exists():
+        raise CommandError(f"{MODEL}: the bundled model is missing from this installation")
+    budget = COMPILED if _native.HAS_OPS else STAND_IN
+    docs = stdlib_excerpts()
+    with s.progress() as bar:
+        task = bar.add_task("converting", total=4)
+        convert(str(MODEL), converted, PRESETS[RECIPE])
+        original, tokenizer = load_model(str(MODEL), Device.cpu, DType.auto)
+        model, _ = load_model(str(converted), Device.cpu, DType.auto)
+        linears = {n for n, m in model.named_modules() if isinstance(m, W4AxLinear)}
+        bar.update(task, description="evaluating", advance=1)
+        quality = perplexity(
+            model, tokenizer, docs, ctx=CTX, reference=original, limit_tokens=budget.eval_tokens
+        )
+        bar.update(task, description="tracing", advance=1)
+        text = docs[0][: budget.prompt_chars]
+        kernels = measure.kernels_run(model, tokenizer, text, new_tokens=4)
+        bar.update(task, description="timing", advance=1)
+        speeds = measure.speeds(
+            [original, model], tokenizer, text, budget.new_tokens, budget.rounds
+        )
+        bar.update(task, advance=1)
+    sizes = [measure.weight_bytes(folder, linears) for folder in (MODEL, converted)]
+    dtype = str(original.dtype).removeprefix("torch.")
+    s.show(_comparison(quality, sizes, speeds, dtype), _kernel_table(kernels))
+    if not _native.HAS_OPS:
+        s.note("No compiled kernels here: the 4-bit speeds are those of the reference in fp64.")
+    completion = _complete(s, model, tokenizer, prompt, budget.new_tokens)
+    return {
+        "recipe": RECIPE,
+        "computed_in": dtype,
+        "tokens": quality.tokens,
+        "original": _side(quality.ppl_ref, quality.ppl_ref_stderr, sizes[0], speeds[0]),
+        "converted": {
+            **_side(quality.ppl, quality.ppl_stderr, sizes[1], speeds[1]),
+            "ppl_ratio": quality.ppl_ratio,
+            "kl": quality.kl,
+            "top1": quality.top1,
+        },
+        "kernels": kernels,
+        "prompt": prompt,
+        "completion": completion,
+    }
+
+
+def stdlib_excerpts() -> list[str]:
+    """The starts of :data:`STDLIB_FILES`. Raises CommandError when there is no source here."""
+    stdlib = Path(sysconfig.get_paths()["stdlib"])
+    found = [stdlib / name for name in STDLIB_FILES if (stdlib / name).is_file()]
+    if not found:
+        raise CommandError(f"{stdlib}: holds no source text of the standard library to evaluate on")
+    return [path.read_text(encoding="utf-8")[:EXCERPT_CHARS] for path in found]
+
+
+def _complete(s: Session, model, tokenizer, prompt: str, new_tokens: int) -> str:
+    """Stream a completion by the 4-bit model after the prompt."""
+    from tessella.integrations.generate import generate
+
+    def show(text: str) -> None:
+        if not s.json:
+            print(text, end="", flush=True)
+
+    s.show("\nThe 4-bit model continues a prompt:\n", end="\n")
+    show(prompt)
+    result = generate(model, tokenizer, BOS + prompt, max_new_tokens=new_tokens, on_text=show)
+    show("\n")
+    return result.text
+
+
+def _side(ppl: float, stderr: float, size: Bytes, speed: Speed) -> dict[str, Any]:
+    return {
+        "ppl": ppl,
+        "ppl_stderr": stderr,
+        "bytes": {**dataclasses.asdict(size), "total": size.total},
+        **dataclasses.asdict(speed),
+    }
+
+
+def _comparison(q: EvalResult, sizes: list[Bytes], speeds: list[Speed], dtype: str) -> Table:
+    table = Table(title=f"pylm-6m: original and {RECIPE} (4-bit weights, 8-bit activations)")
+    table.add_column("")
+    for heading in ("original", RECIPE, "ratio"):
+        table.add_column(heading, justify="right", no_wrap=True)
+
+    def row(name: str, before: float, after: float, form: str) -> None:
+        table.add_row(name, form.format(before), form.format(after), f"{after / before:.3f}")
+
+    table.add_row(
+        f"perplexity, {q.tokens:,} tokens of the standard library",
+        f"{q.ppl_ref:.3f} ± {q.ppl_ref_stderr:.3f}",
+        f"{q.ppl:.3f} ± {q.ppl_stderr:.3f}",
+        f"{q.ppl_ratio:.3f} ± {q.ppl_ratio_stderr:.3f}",
+    )
+    table.add_row("KL divergence from the original, nats a token", "", f"{q.kl:.4f}", "")
+    table.add_row("same most likely token", "", f"{q.top1:.1%}", "")
+    table.add_section()
+    for kind in ("linears", "embeddings", "other", "total"):
+        before, after = (getattr(size, kind) / 1e6 for size in sizes)
+        row(f"{kind}, MB" if kind == "total" else f"weights of {kind}, MB", before, after, "{:.3f}")
+    table.add_section()
+    for kind in ("prefill", "decode"):
+        before, after = (getattr(speed, f"{kind}_tok_s") for speed in speeds)
+        row(f"{kind}, tokens/s (original in {dtype})", before, after, "{:,.0f}")
+    return table
+
+
+def _kernel_table(kernels: dict[str, int]) -> Table:
+    table = Table(title="kernels that ran (profiler trace of one prompt and a few tokens)")
+    table.add_column("kernel")
+    table.add_column("calls", justify="right")
+    for name, calls in sorted(kernels.items()):
+        table.add_row(name, str(calls))
+    return table
