@@ -19,6 +19,8 @@ def _load() -> None:
     import tessella.ops as ops
     from tessella.formats import ActBlocks, PackedW4, W4Weight
 
+    _register_integrations()
+
 
 def _register_integrations() -> None:
     """Hook into transformers if it is installed; its import is deferred until it is used."""

@@ -55,6 +55,7 @@ def load(
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    register()
     folder = resolve(path)
     config = read_json(folder / CONFIG)
     quantization = config.get("quantization_config") or {}
