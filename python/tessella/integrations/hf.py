@@ -223,3 +223,6 @@ class _Staged(nn.Module):
             )
         dtype, _ = self.spec[field]
         return t if t.dtype == dtype else stored.read(name).to(t.device)
+
+
+register()

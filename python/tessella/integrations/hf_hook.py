@@ -7,6 +7,7 @@ the import system: once something imports ``transformers.quantizers.auto`` (ever
 
 from __future__ import annotations
 
+import importlib
 import importlib.abc
 import importlib.util
 import sys
@@ -46,9 +47,8 @@ class _Watcher(importlib.abc.MetaPathFinder):
 def _register() -> None:
     """Register; a transformers that does not fit must stay usable for everything else."""
     try:
-        from tessella.integrations import hf
-
-        hf.register()
+        # It registers itself, also when this runs in the middle of its own import.
+        importlib.import_module("tessella.integrations.hf")
     except Exception as e:
         warnings.warn(
             f"tessella: 4-bit checkpoints cannot be loaded with this transformers: {e}",
