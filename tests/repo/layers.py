@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import re
 from collections.abc import Iterator
 from pathlib import PurePosixPath
 
@@ -176,7 +175,7 @@ def kernels_are_called_through_ops(tree: Tree) -> Iterator[str]:
     good={
         f"{_P}/ops/a.py": '"""M."""\ndef _ref(): pass\ndef f():\n    """D."""\n'
         '    def g(): pass\nclass L:\n    """D."""\n    def __len__(self): pass\n'
-        "    def forward(self, x): pass\n",
+        'class M(L):\n    """D."""\n    def forward(self, x): pass\n',
         f"{_P}/cli/__init__.py": "",
     },
 )
@@ -191,16 +190,13 @@ def public_names_are_documented(tree: Tree) -> Iterator[str]:
                 yield f"{path}:{node.lineno}: {node.name} has no docstring"
 
 
-_INHERITED = {"forward", "extra_repr", "to_dict", "from_dict"}
-"""Methods whose contract is that of the base class or of the dataclass they belong to."""
-
-
 def _public(scope: ast.Module | ast.ClassDef) -> Iterator[ast.AST]:
-    kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+    """Public definitions of a module; the methods of a subclass keep their base's contract."""
     for node in scope.body:
-        if isinstance(node, kinds) and not node.name.startswith("_"):
-            if re.fullmatch("|".join(_INHERITED), node.name) and isinstance(scope, ast.ClassDef):
-                continue
+        if isinstance(node, _DEFINITIONS) and not node.name.startswith("_"):
             yield node
-            if isinstance(node, ast.ClassDef):
+            if isinstance(node, ast.ClassDef) and not node.bases:
                 yield from _public(node)
+
+
+_DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
