@@ -68,13 +68,16 @@ static py::dict plan_w4ax_gemm(int64_t M, int64_t N, int64_t K, int threads,
 
 static layout::W4Panel panel(const std::string& scheme, int64_t N, int64_t K) {
   const bool group = scheme[0] == 'g';
-  return {scheme == "channel" ? Scheme::kChannel : group ? Scheme::kGroup : Scheme::kTwoLevel, N,
-          round_up(K, 128), group ? std::stoi(scheme.substr(1)) : 128};
+  return {scheme == "channel" ? Scheme::kChannel
+          : group             ? Scheme::kGroup
+                              : Scheme::kTwoLevel,
+          N, round_up(K, 128), group ? std::stoi(scheme.substr(1)) : 128};
 }
 
 // Layout slots, for the test that compares them with tessella.layout index by index.
 static void bind_layouts(py::module_& m) {
-  m.def("w4_bytes", [](const std::string& s, int64_t N, int64_t K) { return panel(s, N, K).bytes(); });
+  m.def("w4_bytes",
+        [](const std::string& s, int64_t N, int64_t K) { return panel(s, N, K).bytes(); });
   m.def("w4_code_slot", [](const std::string& s, int64_t N, int64_t K, int64_t n, int64_t k) {
     const layout::Slot slot = panel(s, N, K).code(n, k);
     return std::make_pair(slot.byte, slot.shift);
@@ -96,7 +99,8 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.doc() = "What this build of tessella is and would do; needs no torch.";
   m.def("build_info", &build_info, "Version, compiler, CUDA version and GPU architectures.");
   m.def("cpu_isa", &cpu_isa, "Best instruction set in use, those supported, and the cap.");
-  m.def("kernels", &kernels, "Every compiled kernel: family -> names, as TESSELLA_FORCE takes them.");
+  m.def("kernels", &kernels,
+        "Every compiled kernel: family -> names, as TESSELLA_FORCE takes them.");
   m.def("plan_w4ax_gemm", &plan_w4ax_gemm, py::arg("M"), py::arg("N"), py::arg("K"),
         py::arg("threads") = 1, py::arg("isa") = "", "The plan for one problem on CPU.");
   bind_layouts(m);

@@ -1,4 +1,5 @@
-// act_quant on CUDA: one thread block per token, 8 channels a thread, 16 threads a 128-channel block.
+// act_quant on CUDA: one thread block per token, 8 channels a thread, 16 threads a 128-channel
+// block.
 //
 // A half-warp owns a block of 128 channels at a time, so the block's largest magnitude and code
 // sum are half-warp shuffles and its codes are stored as one 128-byte line. The row is read twice:

@@ -6,7 +6,6 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <initializer_list>
-#include <sstream>
 #include <stdexcept>
 #include <string>
 
@@ -22,18 +21,22 @@ struct Arg {
   const char* name;
 };
 
+// NOTE: plain strings, no std::ostringstream: a libtorch may export its own copies of the stream
+// functions, and with torch 2.11+cu130 those crashed here. CMakeLists.txt guards against it too.
+inline std::string text(const char* s) { return s; }
+inline std::string text(const std::string& s) { return s; }
+inline std::string text(int64_t i) { return std::to_string(i); }
+
 template <class E, class G>
 [[noreturn]] void refuse(const Arg& arg, const E& expected, const G& got) {
-  std::ostringstream text;
-  text << "tessella::" << arg.op << ": " << arg.name << ": expected " << expected << ", got "
-       << got;
-  throw std::runtime_error(text.str());
+  throw std::runtime_error("tessella::" + text(arg.op) + ": " + arg.name + ": expected " +
+                           text(expected) + ", got " + text(got));
 }
 
 inline std::string shape_text(const int64_t* sizes, size_t n) {
-  std::string text = "[";
-  for (size_t i = 0; i < n; ++i) text += (i ? ", " : "") + std::to_string(sizes[i]);
-  return text + "]";
+  std::string shape = "[";
+  for (size_t i = 0; i < n; ++i) shape += (i ? ", " : "") + std::to_string(sizes[i]);
+  return shape + "]";
 }
 
 inline std::string dtype_text(ScalarType t) {

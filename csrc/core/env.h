@@ -11,11 +11,11 @@
 namespace tessella {
 
 struct Env {
-  Isa best_isa;               // the best one that this CPU has and the cap allows
-  std::string capped_by;      // TESSELLA_CPU_ISA, or empty
+  Isa best_isa;           // the best one that this CPU has and the cap allows
+  std::string capped_by;  // TESSELLA_CPU_ISA, or empty
   std::vector<std::string> force;
   bool log_plan = false;
-  std::string error;          // what is wrong with a variable, naming the valid values
+  std::string error;  // what is wrong with a variable, naming the valid values
 };
 
 const Env& env();

@@ -31,9 +31,7 @@ bool parse_isa(const std::string& name, Isa* isa) {
 }
 
 #if TSL_X86
-static bool has_avx2() {
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-}
+static bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 
 // AVX-VNNI is not among the names that gcc 11's __builtin_cpu_supports knows: cpuid leaf 7.1, eax
 // bit 4. The operating system's part (saving ymm) is what "avx2" already tells.

@@ -25,8 +25,8 @@ enum class Isa {
 };
 
 const char* isa_name(Isa isa);
-bool isa_supported(Isa isa);           // by this CPU
-std::vector<Isa> all_isas();           // compiled, best first
+bool isa_supported(Isa isa);  // by this CPU
+std::vector<Isa> all_isas();  // compiled, best first
 bool parse_isa(const std::string& name, Isa* isa);
 
 }  // namespace tessella

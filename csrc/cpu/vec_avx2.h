@@ -91,9 +91,7 @@ inline Widen widen_scales(const uint8_t* s1, const uint8_t* a) {
   const VI s = load_u8(s1), b = load_u8(a);
   return {_mm256_or_si256(s, _mm256_slli_epi32(s, 16)), mul(b, set1_i(0x01010101))};
 }
-inline VI widen(VI q, const Widen& w) {
-  return _mm256_add_epi8(_mm256_mullo_epi16(q, w.s1), w.a);
-}
+inline VI widen(VI q, const Widen& w) { return _mm256_add_epi8(_mm256_mullo_epi16(q, w.s1), w.a); }
 
 // A running dot product of unsigned weight bytes and signed codes over at most 32 channels.
 #if TSL_AVX_VNNI

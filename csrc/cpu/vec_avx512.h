@@ -79,9 +79,7 @@ inline Widen widen_scales(const uint8_t* s1, const uint8_t* a) {
   const VI s = load_u8(s1), b = load_u8(a);
   return {_mm512_or_si512(s, _mm512_slli_epi32(s, 16)), mul(b, set1_i(0x01010101))};
 }
-inline VI widen(VI q, const Widen& w) {
-  return _mm512_add_epi8(_mm512_mullo_epi16(q, w.s1), w.a);
-}
+inline VI widen(VI q, const Widen& w) { return _mm512_add_epi8(_mm512_mullo_epi16(q, w.s1), w.a); }
 
 // A running dot product of unsigned weight bytes and signed codes. NOTE: gcc 12 copies every
 // accumulator of a _mm512_dpbusd_epi32 tile each iteration; the tied asm operand prevents it.

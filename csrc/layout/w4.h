@@ -34,9 +34,7 @@ struct W4Panel {
   int64_t N, Kp;  // Kp: K rounded up to whole blocks
   int64_t G;      // group size; kBlockK for the channel scheme, which has no rows
 
-  TSL_HD constexpr int rows() const {
-    return scheme == Scheme::kChannel ? 0 : int(kBlockK / G);
-  }
+  TSL_HD constexpr int rows() const { return scheme == Scheme::kChannel ? 0 : int(kBlockK / G); }
   TSL_HD constexpr int scale_bytes() const { return scheme == Scheme::kTwoLevel ? 1 : 2; }
   TSL_HD constexpr int64_t block_bytes() const {
     return kCodeBytes + rows() * kN * (scale_bytes() + 1);
@@ -53,7 +51,9 @@ struct W4Panel {
   TSL_HD constexpr int64_t block(int64_t p, int64_t b) const {
     return p * panel_bytes() + b * block_bytes();
   }
-  TSL_HD constexpr int64_t scale_row(int64_t r) const { return kCodeBytes + r * kN * scale_bytes(); }
+  TSL_HD constexpr int64_t scale_row(int64_t r) const {
+    return kCodeBytes + r * kN * scale_bytes();
+  }
   TSL_HD constexpr int64_t zero_row(int64_t r) const { return scale_row(rows()) + r * kN; }
 
   TSL_HD constexpr Slot code(int64_t n, int64_t k) const {

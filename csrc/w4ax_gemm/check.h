@@ -45,8 +45,8 @@ inline Params check(const char* op, const Tensor& codes8, const Tensor& codes4, 
   if (p.granularity == Granularity::kToken)
     check_tensor(Arg{op, "scales"}, scales, ScalarType::Float, {p.M}, w);
   else
-    check_tensor(Arg{op, "scales"}, scales, ScalarType::Float,
-                 {scale_rows(p.granularity, B), p.M}, w);
+    check_tensor(Arg{op, "scales"}, scales, ScalarType::Float, {scale_rows(p.granularity, B), p.M},
+                 w);
   check_one_precision(op, p.granularity, p.K8, B * 128);
   p.panel = check_scheme(op, scheme, N, B * 128);
   check_tensor(Arg{op, "w"}, w, ScalarType::Byte, {p.panel.bytes()}, w);

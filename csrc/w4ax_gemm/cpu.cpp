@@ -16,18 +16,17 @@ static constexpr Kernel<Tasks> kTable[] = {
     TSL_W4AX_GEMM_GEMV(X)
 #undef X
 #define X(isa) {"w4ax_gemm." #isa ".skinny", Isa::isa, "skinny", &isa::w4ax_gemm_skinny},
-    TSL_W4AX_GEMM_SKINNY(X)
+        TSL_W4AX_GEMM_SKINNY(X)
 #undef X
 #define X(isa) {"w4ax_gemm." #isa ".wide", Isa::isa, "wide", &isa::w4ax_gemm_wide},
-    TSL_W4AX_GEMM_WIDE(X)
+            TSL_W4AX_GEMM_WIDE(X)
 #undef X
 };
 
 void run_cpu(const Params& p, const Plan& plan) {
   const Kernel<Tasks>& kernel = select("w4ax_gemm", kTable, plan.tile);
-  parallel_for(plan.tasks, plan.task_work, [&](int64_t begin, int64_t end) {
-    kernel.run(p, plan.chunk_rows, begin, end);
-  });
+  parallel_for(plan.tasks, plan.task_work,
+               [&](int64_t begin, int64_t end) { kernel.run(p, plan.chunk_rows, begin, end); });
 }
 
 void widen_int4(const uint8_t* codes4, int64_t rows, int8_t* out) {

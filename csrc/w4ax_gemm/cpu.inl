@@ -24,7 +24,7 @@ struct Task {
 
   const Params& p;
   int64_t panel, m0, rows;
-  const uint8_t* zeros = nullptr;  // channel scheme: z [64]
+  const uint8_t* zeros = nullptr;                     // channel scheme: z [64]
   alignas(64) float totals[kMostChunkRows * kPanel];  // int32 or fp32, see Mode
   alignas(64) uint8_t bytes[kPanel * kBlock];         // wide: decoded block [k/4][n][4]
 };
@@ -191,9 +191,14 @@ inline void block_rows(Task& t, int64_t b) {
         const uint8_t* w = M::kWide ? t.bytes : block;
         const int64_t m = t.m0 + r;
         const float* scales = M::kPerBlock ? p.scales + b * p.M + m : nullptr;
-        const Tile view{w + n * 4,       p.x(b) + m * kBlock, p.sums + b * groups * p.M + m,
-                        scales,          block,               t.zeros,
-                        n,               t.totals + r * kPanel + n};
+        const Tile view{w + n * 4,
+                        p.x(b) + m * kBlock,
+                        p.sums + b * groups * p.M + m,
+                        scales,
+                        block,
+                        t.zeros,
+                        n,
+                        t.totals + r * kPanel + n};
         tile<M, kR, kVecs>(p, view);
       }
   };
@@ -279,8 +284,8 @@ inline void run_tasks(const Params& p, int64_t chunk_rows, int64_t begin, int64_
     const int64_t m0 = i % chunks * chunk_rows;
     Task t(p, i / chunks, m0, p.M - m0 < chunk_rows ? p.M - m0 : chunk_rows);
     auto run = [&](auto scheme, auto blocks) {
-      run_task<Mode<decltype(scheme)::value, decltype(blocks)::value, kDecoded>, kVecs,
-               kRows...>(t);
+      run_task<Mode<decltype(scheme)::value, decltype(blocks)::value, kDecoded>, kVecs, kRows...>(
+          t);
     };
     auto with = [&](auto scheme) {
       per_block ? run(scheme, Const<true>{}) : run(scheme, Const<false>{});

@@ -32,8 +32,8 @@ static Tensor w4ax_gemm(const Tensor& codes8, const Tensor& codes4, const Tensor
                         const Tensor& scales, const Tensor& w, const std::string& scheme, int64_t N,
                         const std::string& granularity, const std::optional<Tensor>& bias,
                         ScalarType dtype) {
-  Params p = check("w4ax_gemm", codes8, codes4, sums, scales, w, scheme, N, granularity, bias,
-                   dtype);
+  Params p =
+      check("w4ax_gemm", codes8, codes4, sums, scales, w, scheme, N, granularity, bias, dtype);
   Tensor out = torch::stable::new_empty(codes8, {p.M, N}, dtype);
   run(p, codes4, out);
   return out;
@@ -64,7 +64,7 @@ static void check_two_level(const layout::W4Panel& panel, const Canonical& c) {
       if (most * s1[i] + c.zeros[i] > 255)
         refuse(Arg{"w4_pack", "group_scales"},
                "q * s1 + a <= 255 (row " + std::to_string(n) + ", group " + std::to_string(g) + ")",
-               most * s1[i] + c.zeros[i]);
+               int64_t{most} * s1[i] + c.zeros[i]);
     }
 }
 
@@ -112,9 +112,11 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor> w4_unpack(const Tensor& w,
   };
   // a field that the scheme does not have is an empty tensor
   Tensor codes = make({N, Kp / 2}, ScalarType::Byte);
-  Tensor channel_scales = channel || two ? make({N}, ScalarType::Float) : make({0}, ScalarType::Float);
-  Tensor group_scales = channel ? make({0}, ScalarType::Half)
-                                : make({N, Kp / panel.G}, two ? ScalarType::Byte : ScalarType::Half);
+  Tensor channel_scales =
+      channel || two ? make({N}, ScalarType::Float) : make({0}, ScalarType::Float);
+  Tensor group_scales = channel
+                            ? make({0}, ScalarType::Half)
+                            : make({N, Kp / panel.G}, two ? ScalarType::Byte : ScalarType::Half);
   Tensor zeros = channel ? make({N}, ScalarType::Byte) : make({N, Kp / panel.G}, ScalarType::Byte);
   unpack_panels(w.const_data_ptr<uint8_t>(), panel,
                 {codes.mutable_data_ptr<uint8_t>(), channel_scales.mutable_data_ptr<float>(),

@@ -41,7 +41,8 @@ void pack_panels(const Canonical& c, const W4Panel& panel, uint8_t* out) {
         std::memcpy(out + scale, scales + i * scale_bytes, size_t(scale_bytes));
         out[zero] = c.zeros[i];
       });
-      if (panel.tail_bytes() > 0) std::memcpy(out + panel.channel_scale(n), c.channel_scales + n, 4);
+      if (panel.tail_bytes() > 0)
+        std::memcpy(out + panel.channel_scale(n), c.channel_scales + n, 4);
       if (panel.scheme == Scheme::kChannel) out[panel.channel_zero(n)] = c.zeros[n];
     }
   });

@@ -14,13 +14,13 @@
 namespace tessella::w4ax_gemm {
 
 struct Params {
-  const int8_t* x8;      // [K8/128][M][128]
-  const int8_t* x4;      // [(Kp-K8)/128][M][128]: INT4 codes widened to bytes by the caller
-  const int32_t* sums;   // [Kp/G][M]: sums of the codes of each weight group (channel: each block)
-  const float* scales;   // [M] | [2][M] | [Kp/128][M]
-  const uint8_t* w;      // panels, layout/w4.h
-  const void* bias;      // [N] of `dtype`, or null
-  void* out;             // [M][N] of `dtype`
+  const int8_t* x8;     // [K8/128][M][128]
+  const int8_t* x4;     // [(Kp-K8)/128][M][128]: INT4 codes widened to bytes by the caller
+  const int32_t* sums;  // [Kp/G][M]: sums of the codes of each weight group (channel: each block)
+  const float* scales;  // [M] | [2][M] | [Kp/128][M]
+  const uint8_t* w;     // panels, layout/w4.h
+  const void* bias;     // [N] of `dtype`, or null
+  void* out;            // [M][N] of `dtype`
   int64_t M, K8;
   layout::W4Panel panel;  // N, Kp, G, scheme
   DType dtype;

@@ -16,7 +16,7 @@ struct Plan {
   const char* tile;    // kernels.h
   int64_t chunk_rows;  // tokens of one task; a task is one panel of 64 features x these tokens
   int64_t tasks;
-  int64_t task_work;   // multiply-adds of one task
+  int64_t task_work;  // multiply-adds of one task
 };
 
 // Most rows a task may have: its totals (256 bytes a row) live on the stack and should stay in L1.
