@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include "core/env.h"
+#include "cpu/ceilings.h"
 #include "families.h"
 #include "layout/act.h"
 #include "layout/w4.h"
@@ -66,6 +67,19 @@ static py::dict plan_w4ax_gemm(int64_t M, int64_t N, int64_t K, int threads,
   return d;
 }
 
+static py::dict measured_ceilings(int threads) {
+  CpuCeilings c;
+  {
+    const py::gil_scoped_release unlocked;
+    c = measure_ceilings(threads, env().best_isa);
+  }
+  py::dict d;
+  d["isa"] = isa_name(env().best_isa);
+  d["read_bytes_per_us"] = c.read_bytes_per_us;
+  d["macs_per_us"] = c.macs_per_us;
+  return d;
+}
+
 static layout::W4Panel panel(const std::string& scheme, int64_t N, int64_t K) {
   const bool group = scheme[0] == 'g';
   return {scheme == "channel" ? Scheme::kChannel
@@ -103,5 +117,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         "Every compiled kernel: family -> names, as TESSELLA_FORCE takes them.");
   m.def("plan_w4ax_gemm", &plan_w4ax_gemm, py::arg("M"), py::arg("N"), py::arg("K"),
         py::arg("threads") = 1, py::arg("isa") = "", "The plan for one problem on CPU.");
+  m.def("measure_ceilings", &measured_ceilings, py::arg("threads") = 1,
+        "Measured read rate and 8-bit dot product rate of this CPU; takes about a second.");
   bind_layouts(m);
 }

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from tessella.formats import BLOCK_K, ActBlocks, padded_k, scales_shape
-from tessella.ops._register import define
+from tessella.ops._register import define, refuse_gradient
 from tessella.ref import act_quant as ref
 
 
@@ -37,8 +37,10 @@ def act_quant(
 
     Raises:
         RuntimeError or ValueError: wrong dtype, shape, stride, device, k8, granularity or perm,
-            naming the argument, what was expected and what was got.
+            naming the argument, what was expected and what was got; an x that requires a
+            gradient.
     """
+    refuse_gradient("act_quant", x_MK)
     out = torch.ops.tessella.act_quant(x_MK, k8, granularity, perm)
     return ActBlocks(*out, granularity)
 
@@ -82,5 +84,4 @@ define(
     " Tensor(a!) codes8, Tensor(b!) codes4, Tensor(c!) sums, Tensor(d!) scales) -> ()",
     ref=_ref_out,
     fake=lambda *_: None,
-    differentiable=True,
 )

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from tessella import layout
 from tessella.formats import ActBlocks, PackedW4, W4Weight
-from tessella.ops._register import define
+from tessella.ops._register import define, refuse_gradient
 from tessella.ref import w4ax_gemm as ref
 
 
@@ -31,8 +31,9 @@ def w4ax_gemm(
 
     Raises:
         RuntimeError or ValueError: tensors that do not fit each other, naming the argument, what
-            was expected and what was got.
+            was expected and what was got; inputs that require a gradient.
     """
+    refuse_gradient("w4ax_gemm", a.scales, bias)
     return torch.ops.tessella.w4ax_gemm(
         a.codes8, a.codes4, a.sums, a.scales, w.blob, w.scheme, w.N, a.granularity, bias, dtype
     )
@@ -134,5 +135,4 @@ define(
     f"w4ax_gemm_out({_GEMM_ARGS}, Tensor(a!) out) -> ()",
     ref=_ref_gemm_out,
     fake=lambda *_: None,
-    differentiable=True,
 )
