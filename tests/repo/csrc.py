@@ -49,7 +49,8 @@ def role_words(tree: Tree) -> Iterator[str]:
             known = False
         elif parts[0] in PRIMITIVES:
             device = parts[0] == "cuda"
-            known = PurePosixPath(path).suffix in ({".h", ".cuh"} if device else {".h", ".cpp"})
+            kinds = {".h", ".cuh"} if device else {".h", ".cpp", ".inl"}
+            known = PurePosixPath(path).suffix in kinds
         else:
             known = parts[0] in FAMILIES and ROLES.fullmatch(parts[1]) is not None
         if not known:
@@ -60,8 +61,9 @@ def role_words(tree: Tree) -> Iterator[str]:
     bad=[
         {"csrc/act_quant/op.cpp": "", "python/tessella/ops/act_quant.py": ""},
         {"csrc/act_quant/op.cpp": "", "tests/test_act_quant.py": ""},
+        {"csrc/mla/op.cpp": "", "python/tessella/ops/mla.py": "", "tests/test_mla.py": ""},
         {"python/tessella/ref/matmul.py": ""},
-        {"bench/bench_softmax.py": ""},
+        {"python/tessella/ops/utils_.py": ""},
     ],
     good={
         "csrc/mla/op.cpp": "",
@@ -69,21 +71,21 @@ def role_words(tree: Tree) -> Iterator[str]:
         "python/tessella/ref/mla.py": "",
         "python/tessella/ops/_register.py": "",
         "tests/test_mla.py": "",
-        "bench/bench_mla.py": "",
-        "bench/bench_e2e.py": "",
+        "python/tessella/bench/mla.py": "",
+        "python/tessella/bench/timing.py": "",
     },
 )
 def families_are_complete(tree: Tree) -> Iterator[str]:
     """A family in csrc/ has its op, reference, test and bench; ops/ and ref/ hold only families."""
     built = {PurePosixPath(p).parts[1] for p in tree.files if p.startswith("csrc/")} & FAMILIES
-    kin = ("python/tessella/ops/{}.py", "python/tessella/ref/{}.py", "tests/test_{}.py")
+    package = tuple(f"python/tessella/{part}/{{}}.py" for part in ("ops", "ref", "bench"))
     for family in sorted(built):
-        for path in (k.format(family) for k in (*kin, "bench/bench_{}.py")):
+        for path in (k.format(family) for k in (*package, "tests/test_{}.py")):
             if path not in tree.files:
                 yield f"{path}: missing, csrc/{family} exists"
     for path in sorted(tree.files):
-        m = re.fullmatch(r"python/tessella/(?:ops|ref)/([a-z]\w*)\.py|bench/bench_(\w+)\.py", path)
-        if m and (m[1] or m[2]) not in FAMILIES | {"e2e"}:
+        m = re.fullmatch(r"python/tessella/(?:ops|ref)/([a-z]\w*)\.py", path)
+        if m and m[1] not in FAMILIES:
             yield f"{path}: not a family of {sorted(FAMILIES)}"
 
 
@@ -109,7 +111,7 @@ def conditionals_stay_below(tree: Tree) -> Iterator[str]:
                 yield f"{path}:{line}: {directive.splitlines()[0]}"
 
 
-PER_ISA = re.compile(r"csrc/\w+/cpu\.inl|csrc/cpu/(vec_\w+|foreach_isa)\.h")
+PER_ISA = re.compile(r"csrc/\w+/\w+\.inl|csrc/cpu/(vec_\w+|foreach_isa)\.h")
 """What cpu/foreach_isa.h compiles once per instruction set, and it itself."""
 
 
