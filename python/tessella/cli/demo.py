@@ -62,7 +62,7 @@ class Budget:
     rounds: int
 
 
-COMPILED = Budget(eval_tokens=16384, prompt_chars=2000, new_tokens=64, rounds=5)
+COMPILED = Budget(eval_tokens=16384, prompt_chars=2000, new_tokens=48, rounds=3)
 STAND_IN = Budget(eval_tokens=2048, prompt_chars=400, new_tokens=12, rounds=1)
 """For reference implementations, which are some hundred times slower."""
 
@@ -173,7 +173,7 @@ def _complete(s: Session, model, tokenizer, prompt: str, new_tokens: int) -> str
         if not s.json:
             print(text, end="", flush=True)
 
-    s.show("\nThe 4-bit model continues a prompt:\n", end="\n")
+    s.show("\nThe 4-bit model continues a prompt:\n")
     show(prompt)
     result = generate(model, tokenizer, BOS + prompt, max_new_tokens=new_tokens, on_text=show)
     show("\n")
@@ -190,8 +190,12 @@ def _side(ppl: float, stderr: float, size: Bytes, speed: Speed) -> dict[str, Any
 
 
 def _comparison(q: EvalResult, sizes: list[Bytes], speeds: list[Speed], dtype: str) -> Table:
-    table = Table(title=f"pylm-6m: original and {RECIPE} (4-bit weights, 8-bit activations)")
-    table.add_column("")
+    table = Table(
+        title=f"pylm-6m and its {RECIPE} conversion",
+        caption=f"perplexity on {q.tokens:,} tokens of the standard library; both models "
+        f"compute in {dtype}, the {RECIPE} linears on 4-bit weights and 8-bit activations",
+    )
+    table.add_column("", no_wrap=True)
     for heading in ("original", RECIPE, "ratio"):
         table.add_column(heading, justify="right", no_wrap=True)
 
@@ -199,27 +203,28 @@ def _comparison(q: EvalResult, sizes: list[Bytes], speeds: list[Speed], dtype: s
         table.add_row(name, form.format(before), form.format(after), f"{after / before:.3f}")
 
     table.add_row(
-        f"perplexity, {q.tokens:,} tokens of the standard library",
+        "perplexity",
         f"{q.ppl_ref:.3f} ± {q.ppl_ref_stderr:.3f}",
         f"{q.ppl:.3f} ± {q.ppl_stderr:.3f}",
         f"{q.ppl_ratio:.3f} ± {q.ppl_ratio_stderr:.3f}",
     )
-    table.add_row("KL divergence from the original, nats a token", "", f"{q.kl:.4f}", "")
+    table.add_row("KL divergence, nats/token", "", f"{q.kl:.4f}", "")
     table.add_row("same most likely token", "", f"{q.top1:.1%}", "")
     table.add_section()
-    for kind in ("linears", "embeddings", "other", "total"):
+    for kind in ("total", "linears", "embeddings", "other"):
         before, after = (getattr(size, kind) / 1e6 for size in sizes)
-        row(f"{kind}, MB" if kind == "total" else f"weights of {kind}, MB", before, after, "{:.3f}")
+        name = "all weights" if kind == "total" else f"  {kind}"
+        row(f"{name}, MB", before, after, "{:.3f}")
     table.add_section()
     for kind in ("prefill", "decode"):
         before, after = (getattr(speed, f"{kind}_tok_s") for speed in speeds)
-        row(f"{kind}, tokens/s (original in {dtype})", before, after, "{:,.0f}")
+        row(f"{kind}, tokens/s", before, after, "{:,.0f}")
     return table
 
 
 def _kernel_table(kernels: dict[str, int]) -> Table:
-    table = Table(title="kernels that ran (profiler trace of one prompt and a few tokens)")
-    table.add_column("kernel")
+    table = Table(title="kernels that ran", caption="a profiler trace of one short generation")
+    table.add_column("kernel", min_width=30)
     table.add_column("calls", justify="right")
     for name, calls in sorted(kernels.items()):
         table.add_row(name, str(calls))

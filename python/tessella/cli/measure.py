@@ -25,6 +25,7 @@ class Bytes:
 
     @property
     def total(self) -> int:
+        """All of them."""
         return self.linears + self.embeddings + self.other
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json as jsonlib
 import math
+import os
 import sys
 import traceback
 import warnings
@@ -15,6 +16,8 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
+
+import tessella
 
 Json = Annotated[
     bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else.")
@@ -79,6 +82,7 @@ def session(*, json: bool, debug: bool) -> Iterator[Session]:
             warnings.showwarning = lambda message, *_, **__: s.note(f"warning: {message}")
             warnings.simplefilter("ignore", FutureWarning)
             _quieten_transformers(debug)
+            tessella._load()  # what `import tessella` does at once in any other program
             yield s
     except (typer.Exit, typer.Abort, typer.BadParameter):
         raise
@@ -88,8 +92,6 @@ def session(*, json: bool, debug: bool) -> Iterator[Session]:
 
 def _quieten_transformers(debug: bool) -> None:
     """Errors only, and no progress bars of its own; they read these before their first use."""
-    import os
-
     if not debug:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
