@@ -174,13 +174,14 @@ class W4AxLinear(nn.Module):
         if probe.device.type == self.blob.device.type:
             return super()._apply(fn, recurse)
         device = probe.device
-        weight = {
-            f: torch.empty_like(t, device=device) if t.is_meta else t.to(device)
+        weight = {  # what to_empty() makes of a meta tensor must still be a valid weight
+            f: torch.zeros_like(t, device=device) if t.is_meta else t.to(device)
             for f, t in self.weight().tensors().items()
         }
-        self._buffers["blob"] = self._pack(weight).new_empty(0)
+        blob = self._pack(weight)
+        self._buffers["blob"] = blob.new_empty(0)
         super()._apply(fn, recurse)
-        self._buffers["blob"] = self._pack(weight)
+        self._buffers["blob"] = blob
         return self
 
     def __getstate__(self) -> dict[str, Any]:
