@@ -89,3 +89,9 @@ def save(path: Path, arch: str, *, sharded: bool = False, **options) -> PreTrain
     (path / "LICENSE").write_text("do what you like\n")
     (path / "training_args.bin").write_bytes(b"not carried over")
     return m
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder."""
+    files = (p for p in folder.rglob("*") if p.is_file())
+    return {str(p.relative_to(folder)): p.read_bytes() for p in files}

@@ -126,8 +126,9 @@ class Partial:
         """Rename the folder to `out`: the conversion is finished."""
         with self._writing(self.out):
             os.replace(self.folder, self.out)
-            _flush(self.out.parent)
+        with contextlib.suppress(OSError):  # the checkpoint is whole and in its place
             (self.out / STATE).unlink()
+            _flush(self.out.parent)
 
     def _write(self, name: str, write: Callable[[Path], Any], size: int) -> None:
         final, temp = self.folder / name, self.folder / f"{name}.tmp"
