@@ -1,10 +1,14 @@
-// act_quant on CUDA: one thread block per token, 8 channels a thread, 16 threads a 128-channel
-// block.
+// act_quant on CUDA: a thread block per token; a thread owns vectors of 8 channels.
 //
-// A half-warp owns a block of 128 channels at a time, so the block's largest magnitude and code
-// sum are half-warp shuffles and its codes are stored as one 128-byte line. The row is read twice:
-// the second read hits L1. Bytes moved: 2 K read and K (INT8) or K/2 (INT4) written a token, so the
-// kernel is memory-bound from a few hundred tokens up and launch-bound below.
+// 16 neighbouring threads own a block of 128 channels, so its largest magnitude and code sum are
+// shuffles among them and its codes are stored as one 128-byte line. `held` keeps the token in
+// registers between the search for its largest magnitude and the quantisation, so memory is read
+// once: 2 K bytes in, K (INT8) or K/2 (INT4) out. `reread` serves the rest: permuted, unaligned and
+// very long tokens.
+//
+// A channel costs about 5 instructions: half the magnitude search (packed pairs), multiply, round
+// (adding 1.5 * 2^23 leaves the integer in the low mantissa bits), half a byte permute, a quarter
+// of a dot product for the code sums. README.md has the ladder.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -12,35 +16,51 @@
 
 namespace tessella::act_quant {
 
-constexpr int kBlock = 128, kVec = 8, kOwners = kBlock / kVec;
+constexpr int kBlock = 128, kVec = 8, kOwners = kBlock / kVec, kMostThreads = 512;
+
+// 8 channels as they came, in words of two.
+struct Vec {
+  uint4 bits;
+
+  __device__ uint32_t word(int i) const {
+    return i == 0 ? bits.x : i == 1 ? bits.y : i == 2 ? bits.z : bits.w;
+  }
+};
+
+template <class T>
+struct Pair;
+template <>
+struct Pair<__nv_bfloat16> {
+  using type = __nv_bfloat162;
+  __device__ static float2 floats(type x) { return __bfloat1622float2(x); }
+};
+template <>
+struct Pair<__half> {
+  using type = __half2;
+  __device__ static float2 floats(type x) { return __half22float2(x); }
+};
+
+template <class T>
+__device__ inline typename Pair<T>::type pair(const Vec& v, int i) {
+  typename Pair<T>::type x;
+  const uint32_t w = v.word(i);
+  memcpy(&x, &w, 4);
+  return x;
+}
 
 __device__ inline float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
 __device__ inline float to_float(__half x) { return __half2float(x); }
 
-// 8 channels from k0 of a row as fp32; channels past K are 0.
-template <class T, bool kVector>
-__device__ void load(const Params& p, const T* row, int64_t k0, float (&x)[kVec]) {
-  if constexpr (kVector) {
-    union {
-      uint4 bits;
-      T values[kVec];
-    } v;
-    v.bits = make_uint4(0, 0, 0, 0);
-    if (k0 < p.K) v.bits = *reinterpret_cast<const uint4*>(row + k0);
-    for (int i = 0; i < kVec; ++i) x[i] = to_float(v.values[i]);
-  } else {
-    for (int i = 0; i < kVec; ++i)
-      x[i] = k0 + i < p.K ? to_float(row[p.perm ? p.perm[k0 + i] : k0 + i]) : 0.f;
-  }
+// Bits of the largest magnitude as fp32; NaN wins over all.
+template <class T>
+__device__ inline uint32_t magnitude(const Vec& v) {
+  auto most = __habs2(pair<T>(v, 0));
+#pragma unroll
+  for (int i = 1; i < kVec / 2; ++i) most = __hmax2_nan(most, __habs2(pair<T>(v, i)));
+  return __float_as_uint(to_float(__hmax_nan(most.x, most.y)));
 }
 
-__device__ inline uint32_t magnitude(const float (&x)[kVec]) {
-  uint32_t most = 0;
-  for (int i = 0; i < kVec; ++i) most = max(most, __float_as_uint(x[i]) & 0x7fffffffu);
-  return most;
-}
-
-// Over the 16 lanes that own a block; every lane gets the result.
+// Over the 16 threads that own a block; each gets the result.
 __device__ inline uint32_t owners_max(uint32_t v) {
   for (int d = kOwners / 2; d > 0; d /= 2) v = max(v, __shfl_xor_sync(~0u, v, d));
   return v;
@@ -50,101 +70,180 @@ __device__ inline int owners_sum(int v) {
   return v;
 }
 
-// Quantises 8 channels; returns the sum of their codes.
-__device__ inline int quantise(const float (&x)[kVec], float inverse, int (&q)[kVec]) {
-  int sum = 0;
-  for (int i = 0; i < kVec; ++i) {
-    // inverse 0 asks for zeros, also where x is inf or NaN
-    q[i] = inverse == 0.f ? 0 : __float2int_rn(__fmul_rn(x[i], inverse));
-    sum += q[i];
+// Codes of 8 channels, a byte each.
+struct Codes {
+  uint32_t lo, hi;
+};
+template <class T>
+__device__ inline Codes quantise(const Vec& v, float inverse) {
+  if (inverse == 0.f) return {0, 0};  // also where a channel is inf or NaN
+  uint32_t q[kVec];
+#pragma unroll
+  for (int i = 0; i < kVec / 2; ++i) {
+    const float2 x = Pair<T>::floats(pair<T>(v, i));
+    q[2 * i] = __float_as_uint(__fadd_rn(__fmul_rn(x.x, inverse), 12582912.f));
+    q[2 * i + 1] = __float_as_uint(__fadd_rn(__fmul_rn(x.y, inverse), 12582912.f));
   }
-  return sum;
+  auto bytes = [&](int i) {
+    return __byte_perm(__byte_perm(q[i], q[i + 1], 0x0040), __byte_perm(q[i + 2], q[i + 3], 0x0040),
+                       0x5410);
+  };
+  return {bytes(0), bytes(4)};
+}
+__device__ inline int sum_codes(Codes c) {
+  return __dp4a(int(c.lo), 0x01010101, __dp4a(int(c.hi), 0x01010101, 0));
+}
+// The low nibbles of 8 bytes, first in the lowest.
+__device__ inline uint32_t nibbles(Codes c) {
+  const uint32_t lo = c.lo & 0x0f0f0f0f, hi = c.hi & 0x0f0f0f0f;
+  return __byte_perm(lo | lo >> 4, hi | hi >> 4, 0x6420);
 }
 
-__device__ inline void store8(int8_t* to, const int (&q)[kVec]) {
-  uint32_t w[2] = {0, 0};
-  for (int i = 0; i < kVec; ++i) w[i / 4] |= (uint32_t(q[i]) & 255u) << (i % 4 * 8);
-  *reinterpret_cast<uint2*>(to) = make_uint2(w[0], w[1]);
-}
-__device__ inline void store4(uint8_t* to, const int (&q)[kVec]) {
-  uint32_t w = 0;
-  for (int i = 0; i < kVec; ++i) w |= (uint32_t(q[i]) & 15u) << (i * 4);
-  *reinterpret_cast<uint32_t*>(to) = w;
+// What a thread needs to know of its token.
+struct Token {
+  int64_t m, B, B8;
+  bool per_block;
+  Scale scale8, scale4;  // of the two classes, unless per block
+};
+
+__device__ inline Token make_token(const Params& p) {
+  return {
+      int64_t(blockIdx.x), p.Kp / kBlock, p.K8 / kBlock, p.granularity == Granularity::kBlock, {}};
 }
 
-__device__ inline Scale exact_scale(uint32_t amax_bits, float qmax) {
-  const Scale s = make_scale(amax_bits, qmax);
-  if (s.inverse == 0.f) return s;
-  const float amax = __uint_as_float(amax_bits);
-  return {__fdiv_rn(amax, qmax), __fdiv_rn(qmax, amax)};
+// Largest magnitudes of the two classes over the thread block -> scales. All threads take part.
+__device__ void share_scales(const Params& p, Token& t, const uint32_t (&mine)[2]) {
+  __shared__ uint32_t most[2][kMostThreads / 32];
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+#pragma unroll
+  for (int c = 0; c < 2; ++c) {
+    const uint32_t v = __reduce_max_sync(~0u, mine[c]);
+    if (lane == 0) most[c][warp] = v;
+  }
+  __syncthreads();
+  const bool used = lane < int(blockDim.x / 32);
+  if (t.B8 > 0) t.scale8 = make_scale(__reduce_max_sync(~0u, used ? most[0][lane] : 0), 127.f);
+  if (t.B8 < t.B) t.scale4 = make_scale(__reduce_max_sync(~0u, used ? most[1][lane] : 0), 7.f);
+  if (threadIdx.x == 0) {
+    const bool token = p.granularity == Granularity::kToken;
+    p.scales[t.m] = (token && t.B8 == 0 ? t.scale4 : t.scale8).scale;
+    if (!token) p.scales[p.M + t.m] = t.scale4.scale;
+  }
 }
 
-template <class T, bool kVector>
-__global__ void quantise_rows(const Params p) {
-  const int64_t m = blockIdx.x, B = p.Kp / kBlock, B8 = p.K8 / kBlock;
-  const T* row = static_cast<const T*>(p.x) + m * p.stride;
-  const int lane = threadIdx.x % kOwners, owner = threadIdx.x / kOwners;
-  const int owners = blockDim.x / kOwners;
-  // All 32 lanes of a warp must reach the shuffles, so the trip count is the same for both halves.
-  const int64_t trips = ceil_div(B, owners);
-  const bool per_block = p.granularity == Granularity::kBlock;
-  __shared__ uint32_t most[2];
-  Scale scale[2] = {};
-  float x[kVec];
-  if (!per_block) {
-    if (threadIdx.x < 2) most[threadIdx.x] = 0;
-    __syncthreads();
+// Quantises and stores vector `i` of the token. All threads of a warp take part.
+template <class T>
+__device__ inline void emit(const Params& p, const Token& t, int64_t i, const Vec& v) {
+  const int64_t b = i / kOwners;
+  const int lane = int(i % kOwners);
+  const bool int4 = b >= t.B8;
+  Scale s = int4 ? t.scale4 : t.scale8;
+  if (t.per_block) s = make_scale(owners_max(magnitude<T>(v)), int4 ? 7.f : 127.f);
+  const Codes q = quantise<T>(v, s.inverse);
+  const int sum = owners_sum(sum_codes(q));
+  if (b >= t.B) return;
+  if (int4)
+    reinterpret_cast<uint32_t*>(p.codes4)[((b - t.B8) * p.M + t.m) * kOwners + lane] = nibbles(q);
+  else
+    reinterpret_cast<uint2*>(p.codes8)[(b * p.M + t.m) * kOwners + lane] = make_uint2(q.lo, q.hi);
+  if (lane == 0) {
+    p.sums[b * p.M + t.m] = sum;
+    if (t.per_block) p.scales[b * p.M + t.m] = s.scale;
+  }
+}
+
+template <class T, int kHeld>
+__global__ void held(const Params p) {
+  Token t = make_token(p);
+  const auto* row = reinterpret_cast<const uint4*>(static_cast<const T*>(p.x) + t.m * p.stride);
+  const int vectors = int(p.K / kVec);
+  Vec v[kHeld];
+#pragma unroll
+  for (int j = 0; j < kHeld; ++j) {
+    const int i = j * blockDim.x + threadIdx.x;
+    v[j].bits = i < vectors ? row[i] : make_uint4(0, 0, 0, 0);
+  }
+  if (!t.per_block) {
     uint32_t mine[2] = {0, 0};
-    for (int64_t i = 0; i < trips; ++i) {
-      const int64_t b = i * owners + owner;
-      if (b >= B) continue;
-      load<T, kVector>(p, row, b * kBlock + lane * kVec, x);
-      uint32_t& c = mine[b >= B8];
-      c = max(c, magnitude(x));
+#pragma unroll
+    for (int j = 0; j < kHeld; ++j) {
+      const bool int4 = (j * blockDim.x + threadIdx.x) / kOwners >= t.B8;
+      const uint32_t bits = magnitude<T>(v[j]);
+      mine[0] = max(mine[0], int4 ? 0 : bits);
+      mine[1] = max(mine[1], int4 ? bits : 0);
     }
-    for (int c = 0; c < 2; ++c) {
-      const uint32_t v = __reduce_max_sync(~0u, mine[c]);
-      if (threadIdx.x % 32 == 0 && v > 0) atomicMax(&most[c], v);
-    }
-    __syncthreads();
-    scale[0] = exact_scale(most[0], 127.f);
-    scale[1] = exact_scale(most[1], 7.f);
-    if (threadIdx.x == 0) {
-      const bool token = p.granularity == Granularity::kToken;
-      p.scales[m] = scale[token && B8 == 0].scale;
-      if (!token) p.scales[p.M + m] = scale[1].scale;
-    }
+    share_scales(p, t, mine);
   }
-  for (int64_t i = 0; i < trips; ++i) {
-    const int64_t b = i * owners + owner;
-    const bool live = b < B, int4 = b >= B8;
-    for (float& v : x) v = 0.f;
-    if (live) load<T, kVector>(p, row, b * kBlock + lane * kVec, x);
-    Scale s = scale[int4];
-    if (per_block) s = exact_scale(owners_max(magnitude(x)), int4 ? 7.f : 127.f);
-    int q[kVec];
-    const int sum = owners_sum(quantise(x, s.inverse, q));
-    if (!live) continue;
-    if (int4)
-      store4(p.codes4 + ((b - B8) * p.M + m) * (kBlock / 2) + lane * (kVec / 2), q);
-    else
-      store8(p.codes8 + (b * p.M + m) * kBlock + lane * kVec, q);
-    if (lane == 0) {
-      p.sums[b * p.M + m] = sum;
-      if (per_block) p.scales[b * p.M + m] = s.scale;
+#pragma unroll
+  for (int j = 0; j < kHeld; ++j) emit<T>(p, t, int64_t(j) * blockDim.x + threadIdx.x, v[j]);
+}
+
+template <class T>
+__device__ inline Vec gather(const Params& p, const T* row, int64_t k0) {
+  const auto* bits = reinterpret_cast<const uint16_t*>(row);
+  uint32_t w[kVec / 2] = {};
+#pragma unroll
+  for (int i = 0; i < kVec; ++i)
+    if (k0 + i < p.K) w[i / 2] |= uint32_t(bits[p.perm ? p.perm[k0 + i] : k0 + i]) << (i % 2 * 16);
+  return {make_uint4(w[0], w[1], w[2], w[3])};
+}
+
+template <class T>
+__global__ void reread(const Params p) {
+  Token t = make_token(p);
+  const T* row = static_cast<const T*>(p.x) + t.m * p.stride;
+  const int64_t vectors = t.B * kOwners, trips = ceil_div(vectors, blockDim.x);
+  if (!t.per_block) {
+    uint32_t mine[2] = {0, 0};
+    for (int64_t i = threadIdx.x; i < vectors; i += blockDim.x) {
+      const uint32_t bits = magnitude<T>(gather(p, row, i * kVec));
+      const bool int4 = i / kOwners >= t.B8;
+      mine[0] = max(mine[0], int4 ? 0 : bits);
+      mine[1] = max(mine[1], int4 ? bits : 0);
     }
+    share_scales(p, t, mine);
   }
+  for (int64_t j = 0; j < trips; ++j) {
+    const int64_t i = j * blockDim.x + threadIdx.x;
+    emit<T>(p, t, i, gather(p, row, i * kVec));
+  }
+}
+
+template <class T, int kHeld>
+static void launch_held(const Params& p, int threads, cudaStream_t stream) {
+  held<T, kHeld><<<unsigned(p.M), threads, 0, stream>>>(p);
 }
 
 template <class T>
 static void launch(const Params& p, cudaStream_t stream) {
+  const int64_t vectors = p.Kp / kVec;
   // 16-byte loads need whole vectors in every row, all of them aligned
-  const bool vector = p.perm == nullptr && p.K % kVec == 0 && p.stride % kVec == 0 &&
-                      reinterpret_cast<uintptr_t>(p.x) % 16 == 0;
-  const int64_t wanted = round_up(p.Kp / kVec, 32);
-  const int threads = int(wanted < 512 ? wanted : 512);
-  auto* kernel = vector ? &quantise_rows<T, true> : &quantise_rows<T, false>;
-  kernel<<<unsigned(p.M), threads, 0, stream>>>(p);
+  const bool whole = p.perm == nullptr && p.K % kVec == 0 && p.stride % kVec == 0 &&
+                     reinterpret_cast<uintptr_t>(p.x) % 16 == 0;
+  if (!whole || vectors > 8 * kMostThreads) {
+    const int64_t wanted = round_up(vectors, 32);
+    const int threads = int(wanted < kMostThreads ? wanted : kMostThreads);
+    reread<T><<<unsigned(p.M), threads, 0, stream>>>(p);
+    return;
+  }
+  // One vector a thread where tokens are few, so that they finish soonest; up to 8 where there are
+  // enough tokens to fill the GPU (about 16 warps on each of its multiprocessors) with fewer
+  // threads.
+  int threads = int(round_up(vectors, 32));
+  while (threads > kMostThreads ||
+         (threads > 64 && vectors <= 4 * threads && p.M * threads > 132 * 1024))
+    threads = int(round_up(threads / 2, 32));
+  switch (ceil_div(vectors, threads)) {
+    case 1:
+      return launch_held<T, 1>(p, threads, stream);
+    case 2:
+      return launch_held<T, 2>(p, threads, stream);
+    case 3:
+    case 4:
+      return launch_held<T, 4>(p, threads, stream);
+    default:
+      return launch_held<T, 8>(p, threads, stream);
+  }
 }
 
 int run_cuda(const Params& p, void* stream) {

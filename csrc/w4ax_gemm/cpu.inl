@@ -15,7 +15,7 @@ using w4ax_gemm::kMostChunkRows;
 using w4ax_gemm::Params;
 
 constexpr int kPanel = W4Panel::kN, kBlock = W4Panel::kBlockK;
-constexpr int kPrefetchBytes = 2048;  // ahead in the weight stream
+constexpr int kPrefetchBytes = 4096;  // ahead in the weight stream
 
 // What a task keeps between blocks.
 struct Task {
@@ -313,7 +313,7 @@ inline void w4ax_gemm_gemv(const w4ax_gemm::Params& p, int64_t chunk, int64_t i0
 }
 inline void w4ax_gemm_skinny(const w4ax_gemm::Params& p, int64_t chunk, int64_t i0, int64_t i1) {
   if constexpr (kLanes == 16)
-    gemm::run_tasks<false, 2, 8, 4, 2, 1>(p, chunk, i0, i1);
+    gemm::run_tasks<false, 2, 12, 8, 4, 2, 1>(p, chunk, i0, i1);
   else
     gemm::run_tasks<false, 1, 4, 2, 1>(p, chunk, i0, i1);
 }

@@ -39,17 +39,18 @@ def cases(device: str, quick: bool) -> Iterator[dict]:
 def run(device: str, *, quick: bool = False, threads: int = 1) -> Iterator[Record]:
     """Measure every case; yields records as they are done."""
     limits = ceilings.measure(device, threads)
-    compiled = torch.compile(torch_quant, dynamic=False) if device == "cuda" else torch_quant
     op = torch.ops.tessella.act_quant
     cache = last_level_cache_bytes() if device == "cpu" else 60 << 20
     for case in cases(device, quick):
         M, K = case["M"], case["K"]
+        torch._dynamo.reset()  # or the compiler gives up specialising after eight shapes
+        compiled = torch.compile(torch_quant, dynamic=False) if device == "cuda" else torch_quant
         granularity = "block" if case["act"] == "int8b128" else "token"
         n = rotations(M * K * 3, cache)
         xs = [torch.randn(M, K, device=device).bfloat16() for _ in range(n)]
         variants = {
             "tessella": lambda i, xs=xs, g=granularity, n=n: op(xs[i % n], -1, g, None),
-            "torch_compiled" if device == "cuda" else "torch": lambda i, xs=xs, n=n: compiled(
+            "torch_compiled" if device == "cuda" else "torch": lambda i, xs=xs, n=n, compiled=compiled: compiled(
                 xs[i % n]
             ),
             "copy": lambda i, xs=xs, n=n: xs[i % n].clone(),
