@@ -33,6 +33,28 @@ def run_process(*args, stdin: str | bytes = b"", **env) -> subprocess.CompletedP
     return done
 
 
+def run_on_terminal(*args) -> tuple[int, str, str]:
+    """Exit code, stdout (a pipe) and stderr (a terminal) of the command."""
+    terminal, end = os.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tessella", *(str(a) for a in args)],
+        stdout=subprocess.PIPE,
+        stderr=end,
+        text=True,
+        env=environment(TERM="xterm-256color"),
+    )
+    os.close(end)
+    shown = b""
+    try:
+        while chunk := os.read(terminal, 1 << 16):
+            shown += chunk
+    except OSError:
+        pass  # Linux: the last process at the other end has gone
+    os.close(terminal)
+    stdout, _ = process.communicate(timeout=60)
+    return process.returncode, stdout, shown.decode()
+
+
 def environment(**extra) -> dict[str, str]:
     """Of a process that finds this package, and no network."""
     path = os.pathsep.join([PACKAGE_ROOT, os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)

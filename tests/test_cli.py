@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import tessella
-from command import environment, one_object, refused, run, run_process
+from command import environment, one_object, refused, run, run_on_terminal, run_process
 from tessella.cli import app
 from tessella.cli.demo import MODEL
 from tessella.ops._register import SCHEMAS
@@ -409,6 +409,21 @@ def test_a_reference_with_another_tokenizer_is_refused(source, text):
     vocab["!"], vocab['"'] = vocab['"'], vocab["!"]
     file.write_text(json.dumps(tokenizer))
     refused(run("eval", MODEL, "--text", text, "--ref", source), "--ref", "tokenizer")
+
+
+# ---------------------------------------------------------------- a terminal
+
+
+def test_progress_is_shown_on_a_terminal_and_json_stays_alone(tmp_path, text):
+    code, stdout, shown = run_on_terminal("quantize", MODEL, tmp_path / "out", "--json")
+    assert code == 0, shown
+    assert len(one_object(stdout)["layers"]) == 42
+    assert "linears" in shown and "42" in shown
+    code, stdout, shown = run_on_terminal("eval", MODEL, "--text", text, "--json")
+    assert code == 0, shown
+    assert one_object(stdout)["tokens"] > 0 and "evaluating" in shown
+    code, stdout, shown = run_on_terminal("quantize", MODEL, tmp_path / "out")
+    assert (code, stdout) == (1, "") and "error:" in shown and "Traceback" not in shown
 
 
 # ---------------------------------------------------------------- errors nobody expected

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from tessella.cli.loading import Device, DType, load_model
+from tessella.cli.loading import Device, load_model, throughput_dtype
 from tessella.cli.session import CommandError, Debug, Json, Session, session
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ MODEL = Path(__file__).parents[1] / "data" / "pylm-6m"
 RECIPE = "w4a8"
 BOS = "<|endoftext|>"
 """What every training document of the bundled model began with."""
-PROMPT = 'def word_count(text):\n    """Count how often each word occurs in `text`."""\n'
+PROMPT = 'def read_json(path):\n    """Read a JSON file."""\n    with open(path) as'
 
 STDLIB_FILES = (
     "argparse.py",
@@ -90,7 +90,8 @@ def demo(
       tessella demo --keep ./pylm-w4a8 --prompt "class Stack:"
       tessella demo --json
     """
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own messages
+    # No messages of the profiler, and no bars of transformers inside ours.
+    os.environ.update(KINETO_LOG_LEVEL="99", HF_HUB_DISABLE_PROGRESS_BARS="1")
     started = time.perf_counter()
     with session(json=json, debug=debug) as s:
         folder = nullcontext(str(keep)) if keep else tempfile.TemporaryDirectory(prefix="tessella-")
@@ -118,8 +119,9 @@ def _run(s: Session, converted: Path, prompt: str) -> dict[str, Any]:
     with s.progress() as bar:
         task = bar.add_task("converting", total=4)
         convert(str(MODEL), converted, PRESETS[RECIPE])
-        original, tokenizer = load_model(str(MODEL), Device.cpu, DType.auto)
-        model, _ = load_model(str(converted), Device.cpu, DType.auto)
+        dtype = throughput_dtype(Device.cpu)
+        original, tokenizer = load_model(str(MODEL), Device.cpu, dtype)
+        model, _ = load_model(str(converted), Device.cpu, dtype)
         linears = {n for n, m in model.named_modules() if isinstance(m, W4AxLinear)}
         bar.update(task, description="evaluating", advance=1)
         quality = perplexity(
@@ -134,14 +136,14 @@ def _run(s: Session, converted: Path, prompt: str) -> dict[str, Any]:
         )
         bar.update(task, advance=1)
     sizes = [measure.weight_bytes(folder, linears) for folder in (MODEL, converted)]
-    dtype = str(original.dtype).removeprefix("torch.")
-    s.show(_comparison(quality, sizes, speeds, dtype), _kernel_table(kernels))
+    computed_in = str(original.dtype).removeprefix("torch.")
+    s.show(_comparison(quality, sizes, speeds, computed_in), _kernel_table(kernels))
     if not _native.HAS_OPS:
         s.note("No compiled kernels here: the 4-bit speeds are those of the reference in fp64.")
     completion = _complete(s, model, tokenizer, prompt, budget.new_tokens)
     return {
         "recipe": RECIPE,
-        "computed_in": dtype,
+        "computed_in": computed_in,
         "tokens": quality.tokens,
         "original": _side(quality.ppl_ref, quality.ppl_ref_stderr, sizes[0], speeds[0]),
         "converted": {

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from tessella.cli.loading import Device, DeviceOption, DType, DTypeOption, load_model
+from tessella.cli.loading import Device, DeviceOption, DType, load_model, throughput_dtype
 from tessella.cli.session import CommandError, Debug, Json, session
 
 if TYPE_CHECKING:
@@ -31,7 +31,13 @@ def evaluate(
         int | None, typer.Option(min=1, help="Predict only the first so many tokens.")
     ] = None,
     device: DeviceOption = Device.cpu,
-    dtype: DTypeOption = DType.auto,
+    dtype: Annotated[
+        DType,
+        typer.Option(
+            help="Of activations and of weights that are not 4-bit; auto: as stored, or float32 "
+            "on a CPU without 16-bit arithmetic."
+        ),
+    ] = DType.auto,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -55,6 +61,8 @@ def evaluate(
         from tessella.integrations.text import read_documents
 
         documents = read_documents(text)
+        if dtype is DType.auto:
+            dtype = throughput_dtype(device)
         lm, tokenizer = load_model(model, device, dtype)
         reference = None
         if ref is not None:

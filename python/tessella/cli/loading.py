@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from enum import Enum
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from tessella.cli.session import CommandError
-
-if TYPE_CHECKING:
-    import torch
 
 
 class Device(str, Enum):
@@ -32,10 +29,7 @@ class DType(str, Enum):
 DeviceOption = Annotated[Device, typer.Option(help="Where to compute.")]
 DTypeOption = Annotated[
     DType,
-    typer.Option(
-        help="Precision of activations and of weights that are not 4-bit; auto: the "
-        "checkpoint's own, or float32 on a CPU without 16-bit arithmetic."
-    ),
+    typer.Option(help="Of activations and of weights that are not 4-bit; auto: as stored."),
 ]
 
 
@@ -48,19 +42,17 @@ def check_device(device: Device) -> str:
     return device.value
 
 
-def working_dtype(dtype: DType, device: str) -> str | torch.dtype:
-    """What to load a model in: a torch dtype, or "auto" for the checkpoint's own.
+def throughput_dtype(device: Device) -> DType:
+    """What many tokens at a time are computed in when the user does not say.
 
-    On a CPU without 16-bit dot products torch emulates bfloat16 matrix products a hundred times
-    slower than float32; float32 holds every 16-bit weight exactly.
+    On a CPU without 16-bit dot products torch's bfloat16 matrix products take several times as
+    long as float32 ones, in which every 16-bit weight is exact. (One token at a time is bound by
+    memory, where fewer bytes win; so this is not the rule for generation.)
     """
     import torch
 
-    if dtype is not DType.auto:
-        return getattr(torch, dtype.value)
-    if device == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return torch.float32
-    return "auto"
+    slow = device is Device.cpu and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return DType.float32 if slow else DType.auto
 
 
 def load_model(model: str, device: Device, dtype: DType) -> tuple:
@@ -69,6 +61,10 @@ def load_model(model: str, device: Device, dtype: DType) -> tuple:
     Raises CommandError or :class:`~tessella.models.errors.CheckpointError`.
     """
     name = check_device(device)
+    import torch
+
     from tessella.integrations import hf
 
-    return hf.load(model, device=name, dtype=working_dtype(dtype, name))
+    return hf.load(
+        model, device=name, dtype="auto" if dtype is DType.auto else getattr(torch, dtype.value)
+    )

@@ -14,7 +14,13 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.text import Text
 
 import tessella
@@ -37,7 +43,7 @@ class Session:
 
     def __init__(self, json: bool):
         self.json = json
-        self.out = Console(soft_wrap=False)
+        self.out = Console()
         self.err = Console(stderr=True)
         self._stdout = sys.stdout
 
@@ -48,9 +54,10 @@ class Session:
             print(text, file=self._stdout, flush=True)
 
     def show(self, *renderables: Any) -> None:
-        """Without --json: print for people, on stdout."""
-        if not self.json:
-            self.out.print(*renderables)
+        """Without --json: print tables and lines for people, on stdout."""
+        for item in () if self.json else renderables:
+            is_line = isinstance(item, str)  # left for the terminal to wrap: it may hold a path
+            self.out.print(Text(item) if is_line else item, soft_wrap=is_line)
 
     def note(self, text: str) -> None:
         """One line on stderr, unstyled."""
@@ -61,7 +68,8 @@ class Session:
         return Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(),
-            TextColumn(f"{{task.completed:,.0f}}/{{task.total:,.0f}} {unit}"),
+            MofNCompleteColumn(),
+            TextColumn(unit),
             TimeRemainingColumn(),
             console=self.err,
             transient=True,
@@ -91,9 +99,10 @@ def session(*, json: bool, debug: bool) -> Iterator[Session]:
 
 
 def _quieten_transformers(debug: bool) -> None:
-    """Errors only, and no progress bars of its own; they read these before their first use."""
+    """Errors only, and bars on a terminal only; transformers reads these when it is imported."""
     if not debug:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
