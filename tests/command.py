@@ -63,6 +63,12 @@ def environment(**extra) -> dict[str, str]:
     return {**os.environ, **fixed, **extra}
 
 
+def answer_of(result) -> dict:
+    """What a command that succeeded with --json printed: exactly one JSON object."""
+    assert exit_code(result) == 0, result.stderr
+    return one_object(result.stdout)
+
+
 def one_object(text: str) -> dict:
     """`text` if it is exactly one JSON object (json.loads refuses anything around it)."""
     value = json.loads(text, parse_constant=lambda c: pytest.fail(f"{c} is not JSON"))
@@ -70,10 +76,14 @@ def one_object(text: str) -> dict:
     return value
 
 
+def exit_code(result) -> int:
+    """Of a command, in this process or another."""
+    return result.returncode if hasattr(result, "returncode") else result.exit_code
+
+
 def refused(result, *words: str) -> None:
     """Exit code 1, nothing on stdout, and one screen on stderr with these words."""
-    code = result.returncode if hasattr(result, "returncode") else result.exit_code
-    assert code == 1, result.stderr
+    assert exit_code(result) == 1, result.stderr
     assert result.stdout == ""
     assert "Traceback" not in result.stderr
     assert len(result.stderr.splitlines()) <= 24

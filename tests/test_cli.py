@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import tessella
-from command import environment, one_object, refused, run, run_on_terminal, run_process
+from command import answer_of, environment, one_object, refused, run, run_on_terminal, run_process
 from tessella.cli import app
 from tessella.cli.demo import MODEL
 from tessella.ops._register import SCHEMAS
@@ -129,9 +129,7 @@ def test_wrong_usage_exits_2(args):
 
 
 def test_info_as_json():
-    done = run_process("info", "--json")
-    assert done.returncode == 0, done.stderr
-    facts = one_object(done.stdout)
+    facts = answer_of(run_process("info", "--json"))
     assert {"torch", "tessella", "cpu_isa", "cuda", "kernels", "optional"} <= facts.keys()
     assert facts["tessella"]["version"] == tessella.__version__
     assert facts["torch"]["version"] == torch.__version__
@@ -139,7 +137,7 @@ def test_info_as_json():
 
 
 def test_info_says_which_ops_are_compiled():
-    facts = one_object(run("info", "--json").stdout)
+    facts = answer_of(run("info", "--json"))
     compiled = tessella._native.HAS_OPS
     assert {"CPU" in keys for keys in facts["ops"].values()} == {compiled}
     assert (facts["tessella"]["kernels_missing_because"] is None) == compiled
@@ -147,7 +145,7 @@ def test_info_says_which_ops_are_compiled():
 
 def test_info_without_compiled_code():
     done = run_process("info", "--json", TESSELLA_DISABLE_NATIVE="1")
-    facts = one_object(done.stdout)
+    facts = answer_of(done)
     assert facts["tessella"]["kernels_missing_because"] == "TESSELLA_DISABLE_NATIVE is set"
     assert facts["cpu_isa"] is None and facts["kernels"] == {}
     assert not any(facts["ops"].values())
@@ -165,9 +163,7 @@ def test_info_for_people():
 
 
 def test_quantize_as_json(tmp_path):
-    done = run_process("quantize", MODEL, tmp_path / "out", "--json")
-    assert done.returncode == 0, done.stderr
-    answer = one_object(done.stdout)
+    answer = answer_of(run_process("quantize", MODEL, tmp_path / "out", "--json"))
     assert {"layers", "bytes_in", "bytes_out", "seconds", "peak_rss"} <= answer.keys()
     assert len(answer["layers"]) == 42
     assert {"name", "shape", "scheme", "rel_error", "bytes"} <= answer["layers"][0].keys()
@@ -185,7 +181,7 @@ def test_quantize_for_people(tmp_path):
 
 
 def test_dry_run_writes_nothing(tmp_path):
-    answer = one_object(run("quantize", MODEL, tmp_path / "out", "--dry-run", "--json").stdout)
+    answer = answer_of(run("quantize", MODEL, tmp_path / "out", "--dry-run", "--json"))
     assert len(answer["layers"]) == 42 and answer["layers"][0]["rel_error"] is None
     assert list(tmp_path.iterdir()) == []
 
@@ -194,7 +190,7 @@ def test_a_recipe_from_a_file_and_the_head(tmp_path):
     file = tmp_path / "my.toml"
     file.write_text(PRESETS["w4a8-g128"].to_toml().replace("w4a8-g128", "mine"))
     out = tmp_path / "out"
-    answer = one_object(run("quantize", MODEL, out, "--recipe", file, "--lm-head", "--json").stdout)
+    answer = answer_of(run("quantize", MODEL, out, "--recipe", file, "--lm-head", "--json"))
     assert answer["recipe"]["name"] == "mine" and answer["recipe"]["weights"]["lm_head"]
     assert {layer["scheme"] for layer in answer["layers"]} == {"g128"}
     assert "lm_head" in [layer["name"] for layer in answer["layers"]]
@@ -276,7 +272,7 @@ def test_an_interrupt_leaves_no_output_and_can_be_resumed(tmp_path):
     assert not out.exists()
     assert len(list(partial.glob("*.safetensors"))) < 17
 
-    answer = one_object(run("quantize", model, out, "--resume", "--json").stdout)
+    answer = answer_of(run("quantize", model, out, "--resume", "--json"))
     assert len(answer["layers"]) == 16 * 7
     assert (out / "config.json").exists() and not partial.exists()
 
@@ -285,11 +281,9 @@ def test_an_interrupt_leaves_no_output_and_can_be_resumed(tmp_path):
 
 
 def test_generate_as_json(converted):
-    done = run_process(
-        "generate", converted, "--prompt", "def f(x):", "--max-new-tokens", 6, "--json"
+    answer = answer_of(
+        run_process("generate", converted, "--prompt", "def f(x):", "--max-new-tokens", 6, "--json")
     )
-    assert done.returncode == 0, done.stderr
-    answer = one_object(done.stdout)
     assert {"text", "tokens", "tok_s"} <= answer.keys()
     assert 1 <= answer["tokens"] <= 6 and isinstance(answer["text"], str)
     assert answer["prefill_tok_s"] > 0
@@ -297,7 +291,7 @@ def test_generate_as_json(converted):
 
 def test_generate_streams_the_text_alone_on_stdout(converted):
     args = ["generate", converted, "--prompt", "def f(x):", "--max-new-tokens", "12"]
-    streamed, answer = run_process(*args), one_object(run(*args, "--json").stdout)
+    streamed, answer = run_process(*args), answer_of(run(*args, "--json"))
     assert streamed.stdout == answer["text"] + "\n"
     assert "tok/s" in streamed.stderr
 
@@ -306,14 +300,14 @@ def test_the_prompt_can_come_from_stdin(converted):
     args = ["--max-new-tokens", "8", "--json"]
     piped = run_process("generate", converted, "--prompt", "-", *args, stdin="def f(ä):\n")
     given = run("generate", converted, "--prompt", "def f(ä):\n", *args)
-    assert one_object(piped.stdout)["text"] == one_object(given.stdout)["text"]
+    assert answer_of(piped)["text"] == answer_of(given)["text"]
     refused(run_process("generate", converted, "--prompt", "-", stdin=b"\xff"), "not UTF-8")
 
 
 def test_sampling_depends_on_the_seed_only(converted):
     def text(seed):
         args = ["--prompt", "import", "--max-new-tokens", 16, "--temperature", 1.5, "--json"]
-        return one_object(run("generate", converted, *args, "--seed", seed).stdout)["text"]
+        return answer_of(run("generate", converted, *args, "--seed", seed))["text"]
 
     assert text(1) == text(1)
     assert len({text(seed) for seed in range(4)}) > 1
@@ -321,7 +315,7 @@ def test_sampling_depends_on_the_seed_only(converted):
 
 def test_generate_takes_an_unconverted_checkpoint():
     result = run("generate", MODEL, "--prompt", "import", "--max-new-tokens", 3, "--json")
-    assert 1 <= one_object(result.stdout)["tokens"] <= 3
+    assert 1 <= answer_of(result)["tokens"] <= 3
 
 
 def test_requests_that_do_not_fit_are_refused(converted):
@@ -336,8 +330,8 @@ def test_a_chat_template_is_applied(broken):
     template = "{% for m in messages %}# {{ m['content'] }}\n{% endfor %}"
     file.write_text(json.dumps({**json.loads(file.read_text()), "chat_template": template}))
     args = ["generate", broken, "--max-new-tokens", 8, "--json"]
-    chat = one_object(run(*args, "--chat", "--prompt", "sort a list").stdout)
-    plain = one_object(run(*args, "--prompt", "# sort a list\n").stdout)
+    chat = answer_of(run(*args, "--chat", "--prompt", "sort a list"))
+    plain = answer_of(run(*args, "--prompt", "# sort a list\n"))
     assert chat["text"] == plain["text"]
 
 
@@ -368,20 +362,20 @@ def test_a_folder_without_a_model_is_refused(tmp_path):
 
 
 def test_eval_as_json(converted, text):
-    done = run_process("eval", converted, "--text", text, "--ctx", 64, "--ref", MODEL, "--json")
-    assert done.returncode == 0, done.stderr
-    answer = one_object(done.stdout)
+    answer = answer_of(
+        run_process("eval", converted, "--text", text, "--ctx", 64, "--ref", MODEL, "--json")
+    )
     assert {"ppl", "ppl_stderr", "tokens", "kl", "top1"} <= answer.keys()
     assert 0 < answer["kl"] < 0.2 and 0.7 < answer["top1"] <= 1
     assert answer["documents"] == 4
-    alone = one_object(run("eval", MODEL, "--text", text, "--ctx", 64, "--json").stdout)
+    alone = answer_of(run("eval", MODEL, "--text", text, "--ctx", 64, "--json"))
     assert answer["ppl_ref"] == pytest.approx(alone["ppl"], rel=1e-4)
     assert alone["kl"] is None and alone["top1"] is None
 
 
 def test_a_single_window_has_null_for_its_standard_error(text):
     args = ["--ctx", 64, "--limit-tokens", 9, "--json"]
-    answer = one_object(run("eval", MODEL, "--text", text, *args).stdout)
+    answer = answer_of(run("eval", MODEL, "--text", text, *args))
     assert answer["tokens"] == 9 and answer["ppl_stderr"] is None
 
 

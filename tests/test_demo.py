@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
-from command import one_object, refused, run, run_process
+from command import answer_of, refused, run, run_process
 from tessella import _native
 from tessella.cli import demo, measure
 from tessella.formats import W4Weight
@@ -38,9 +38,7 @@ def calls(kernels: dict[str, int], family: str) -> int:
 
 
 def test_the_demo(tmp_path):
-    done = run_process("demo", "--keep", tmp_path / "kept", "--json")
-    assert done.returncode == 0, done.stderr
-    answer = one_object(done.stdout)
+    answer = answer_of(run_process("demo", "--keep", tmp_path / "kept", "--json"))
     check(answer)
     # One prompt and four tokens after it, the last of which is not fed back.
     assert calls(answer["kernels"], "act_quant") == LINEARS * 4
@@ -50,15 +48,14 @@ def test_the_demo(tmp_path):
         assert answer["kernels"].keys() <= compiled
 
     kept = run("generate", tmp_path / "kept", "--prompt", demo.BOS + demo.PROMPT, "--json")
-    text = one_object(kept.stdout)["text"]
+    text = answer_of(kept)["text"]
     assert text.startswith(answer["completion"])
 
 
 @pytest.mark.skipif(not _native.HAS_OPS, reason="the demo above ran on the reference already")
 def test_the_demo_without_compiled_kernels():
     done = run_process("demo", "--json", TESSELLA_DISABLE_NATIVE="1")
-    assert done.returncode == 0, done.stderr
-    answer = one_object(done.stdout)
+    answer = answer_of(done)
     check(answer)
     assert set(answer["kernels"]) == {
         f"{family}: {measure.REFERENCE}" for family in ("act_quant", "w4ax_gemm")
