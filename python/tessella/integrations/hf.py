@@ -108,10 +108,7 @@ class TessellaQuantizer(HfQuantizer):
         config = QuantizationConfig.from_dict(self.quantization_config.to_dict(), file)
         if checkpoint_files is None:
             raise CheckpointError(f"{file}: expected checkpoint files to load, got a state_dict")
-        tensors = {}
-        for path in checkpoint_files:
-            tensors.update(read_header(Path(path)))
-        self._stored = Checkpoint(Path(file).parent, {}, tensors)
+        self._stored = _open([Path(f) for f in checkpoint_files])
         self._names: dict[str, str] = {}  # module name -> name in the checkpoint
         modules = dict(model.named_modules())
         for name, layer_format in config.layers.items():
@@ -142,6 +139,17 @@ class TessellaQuantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         return True
+
+
+def _open(files: list[Path]) -> Checkpoint:
+    """The checkpoint that transformers found in these files, which may have names of their own."""
+    folder = files[0].parent
+    if all(f.parent == folder for f in files) and (
+        (folder / INDEX).exists() or files == [folder / WEIGHTS]
+    ):
+        return Checkpoint.open(folder)
+    tensors = {name: info for f in files for name, info in read_header(f).items()}
+    return Checkpoint(folder, {}, tensors)
 
 
 def _find_linear(
@@ -203,7 +211,7 @@ class _Staged(nn.Module):
             granularity=self.format.granularity,
             perm=perm,
             bias=self.bias,
-        )
+        ).train(self.training)
         if hook := getattr(self, "_hf_hook", None):  # accelerate's, for several devices
             from accelerate.hooks import add_hook_to_module
 
