@@ -296,6 +296,20 @@ def test_generate_streams_the_text_alone_on_stdout(converted):
     assert "tok/s" in streamed.stderr
 
 
+def test_a_reader_that_stops_early_is_not_an_error_to_report(converted):
+    args = ["generate", converted, "--prompt", "import os\n", "--max-new-tokens", "64"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tessella", *args],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=environment(),
+    )
+    assert process.stdout.read(1)
+    process.stdout.close()
+    assert process.stderr.read().decode() == ""
+    assert process.wait(60) == 1
+
+
 def test_the_prompt_can_come_from_stdin(converted):
     args = ["--max-new-tokens", "8", "--json"]
     piped = run_process("generate", converted, "--prompt", "-", *args, stdin="def f(ä):\n")

@@ -92,8 +92,8 @@ def session(*, json: bool, debug: bool) -> Iterator[Session]:
             _quieten_transformers(debug)
             tessella._load()  # what `import tessella` does at once in any other program
             yield s
-    except (typer.Exit, typer.Abort, typer.BadParameter):
-        raise
+    except (typer.Exit, typer.Abort, typer.BadParameter, BrokenPipeError):
+        raise  # typer ends these; a reader that has seen enough (`| head`) is not told anything
     except (Exception, KeyboardInterrupt) as e:
         _fail(s, e, debug)
 
