@@ -205,17 +205,18 @@ def test_no_full_precision_weight_is_made(checkpoints, monkeypatch):
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_a_loader_that_casts_scales_does_no_harm(checkpoints, monkeypatch, dtype):
-    """Some versions of transformers cast every floating-point buffer to the model's dtype."""
-    cast = []
+    """transformers may cast every floating-point buffer to the model's dtype while loading."""
+    finish = hf._Staged.finish
 
-    def get_new_dtype(self, converter, param, _):
-        cast.append(param)
-        return torch.bfloat16 if param.get_dtype().startswith(("F", "BF")) else None
+    def cast_first(self, stored, name):
+        scales = [f for f in self.spec if f.endswith("scales")]
+        for field in scales:
+            self._buffers[field] = self._buffers[field].to(dtype)
+        return finish(self, stored, name)
 
-    monkeypatch.setattr(hf.TessellaQuantizer, "get_new_dtype", get_new_dtype)
-    for case in ("llama", "llama-tied"):
+    monkeypatch.setattr(hf._Staged, "finish", cast_first)
+    for case in ("qwen3", "llama-tied"):  # fp32 and fp16 scales
         assert_exact(load(checkpoints(case), dtype=dtype), checkpoints(case))
-    assert cast, "this transformers never asks for the dtype: the guard is not exercised"
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -233,18 +234,28 @@ def test_save_pretrained_round_trips(checkpoints, case, tmp_path):
 
 
 def test_a_bare_backbone(checkpoints):
-    model = AutoModel.from_pretrained(checkpoints("qwen3-head"), dtype=torch.float32)
+    model = AutoModel.from_pretrained(checkpoints("qwen3-head"), dtype=torch.bfloat16)
     assert len(quantised(model)) == 7 * tiny.LAYERS
-    full = load(checkpoints("qwen3-head"), dtype=torch.float32)
+    full = load(checkpoints("qwen3-head"), dtype=torch.bfloat16)
     ids = torch.arange(5, 13)[None]
     with torch.no_grad():
         assert torch.equal(model(ids).last_hidden_state, full.model(ids).last_hidden_state)
 
 
-def test_a_device_map(checkpoints):
+def test_a_device_map(checkpoints, tmp_path):
     pytest.importorskip("accelerate", reason="device_map needs accelerate")
     model = load(checkpoints("llama"), dtype=torch.bfloat16, device_map={"": "cpu"})
     assert_exact(model, checkpoints("llama"))
+    meta = load(checkpoints("llama"), dtype=torch.bfloat16, device_map="meta")
+    assert all(linear.blob.is_meta for linear in quantised(meta).values())
+    assert meta(torch.ones(1, 3, dtype=torch.long, device="meta")).logits.is_meta
+    with pytest.raises(CheckpointError, match=r"codes' was left on the disk"):
+        load(
+            checkpoints("llama"),
+            device_map={"model": "disk", "lm_head": "cpu"},
+            offload_folder=tmp_path,
+            offload_buffers=True,
+        )
 
 
 def test_casting_a_loaded_model(checkpoints):

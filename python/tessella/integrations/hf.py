@@ -224,7 +224,7 @@ class _Staged(nn.Module):
         Some versions of transformers cast floating-point buffers to the model's dtype.
         """
         t = self._buffers[field]
-        if t.is_meta:
+        if t.is_meta and hasattr(self, "_hf_hook"):  # without a hook: device_map="meta"
             raise CheckpointError(
                 f"{stored.tensors[name].file}: tensor {name!r} was left on the disk: "
                 "4-bit linears cannot be offloaded there; use another device_map"
