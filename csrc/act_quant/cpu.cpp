@@ -1,6 +1,6 @@
 #include "act_quant/params.h"
 
-#include <vector>
+#include <memory>
 
 #include "act_quant/kernels.h"
 #include "core/registry.h"
@@ -11,7 +11,7 @@
 
 namespace tessella::act_quant {
 
-using Rows = void(const Params&, int64_t, int64_t, float*, uint32_t*);
+using Rows = void(const Params&, int64_t, int64_t, float*, float*, uint32_t*);
 
 static constexpr Kernel<Rows> kTable[] = {
 #define X(isa) {"act_quant." #isa, Isa::isa, "rows", &isa::act_quant_rows},
@@ -22,9 +22,9 @@ static constexpr Kernel<Rows> kTable[] = {
 void run_cpu(const Params& p) {
   const Kernel<Rows>& kernel = select("act_quant", kTable, "rows");
   parallel_for(p.M, p.Kp, [&](int64_t begin, int64_t end) {
-    std::vector<float> x(size_t(p.Kp));
-    std::vector<uint32_t> amax(size_t(p.Kp / 128));
-    kernel.run(p, begin, end, x.data(), amax.data());
+    const auto scratch = std::make_unique<float[]>(size_t(2 * p.Kp + p.Kp / 128));
+    float* x = scratch.get();
+    kernel.run(p, begin, end, x, x + p.Kp, reinterpret_cast<uint32_t*>(x + 2 * p.Kp));
   });
 }
 

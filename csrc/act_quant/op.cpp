@@ -1,4 +1,5 @@
-// Torch entry of act_quant: check -> params -> run, for CPU and CUDA.
+// Torch entries of act_quant and its fused producers: check -> params -> run. act_quant serves CPU
+// and CUDA, the producers CPU.
 #include <optional>
 #include <tuple>
 
@@ -54,18 +55,67 @@ static void run(const char* op, Params& p, const Tensor& x, const Blocks& out) {
 #endif
 }
 
+static Tensor make(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef shape,
+                   ScalarType dtype) {
+  return torch::stable::new_empty(like, shape, dtype);
+}
+
+static Blocks make_blocks(const Params& p, const Tensor& x) {
+  const int64_t B = p.Kp / kBlock, B8 = p.K8 / kBlock, rows = scale_rows(p.granularity, B);
+  return {make(x, {B8, p.M, kBlock}, ScalarType::Char),
+          make(x, {B - B8, p.M, kBlock / 2}, ScalarType::Byte), make(x, {B, p.M}, ScalarType::Int),
+          p.granularity == Granularity::kToken ? make(x, {p.M}, ScalarType::Float)
+                                               : make(x, {rows, p.M}, ScalarType::Float)};
+}
+
 static Blocks act_quant(const Tensor& x, int64_t k8, const std::string& granularity,
                         const std::optional<Tensor>& perm) {
   Params p = check("act_quant", x, k8, granularity, perm);
-  const int64_t B = p.Kp / kBlock, B8 = p.K8 / kBlock, rows = scale_rows(p.granularity, B);
-  auto make = [&](torch::headeronly::IntHeaderOnlyArrayRef shape, ScalarType dtype) {
-    return torch::stable::new_empty(x, shape, dtype);
-  };
-  Blocks out{make({B8, p.M, kBlock}, ScalarType::Char),
-             make({B - B8, p.M, kBlock / 2}, ScalarType::Byte), make({B, p.M}, ScalarType::Int),
-             p.granularity == Granularity::kToken ? make({p.M}, ScalarType::Float)
-                                                  : make({rows, p.M}, ScalarType::Float)};
+  Blocks out = make_blocks(p, x);
   run("act_quant", p, x, out);
+  return out;
+}
+
+// A second operand [M, K] like x, rows at any stride.
+static void check_other(const Arg& arg, const Tensor& other, const Tensor& x, Params& p) {
+  const bool fits = other.dim() == 2 && other.size(0) == p.M && other.size(1) == p.K &&
+                    other.scalar_type() == x.scalar_type() && (p.K == 1 || other.stride(1) == 1) &&
+                    other.device() == x.device();
+  if (!fits) refuse(arg, "a tensor like x, " + describe(x), describe(other));
+  p.other = other.const_data_ptr();
+  p.other_stride = other.stride(0);
+}
+
+static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> rms_norm_quant(
+    const Tensor& x, const Tensor& weight, double eps, const std::optional<Tensor>& residual,
+    int64_t k8, const std::string& granularity, const std::optional<Tensor>& perm) {
+  const char* op = "rms_norm_quant";
+  Params p = check(op, x, k8, granularity, perm);
+  check_tensor(Arg{op, "weight"}, weight, x.scalar_type(), {p.K}, x);
+  p.source = Source::kRmsNorm;
+  p.weight = weight.const_data_ptr();
+  p.eps = float(eps);
+  Tensor y = make(x, {p.M, p.K}, x.scalar_type()), h = make(x, {0}, x.scalar_type());
+  p.y = y.mutable_data_ptr();
+  if (residual.has_value()) {
+    check_other(Arg{op, "residual"}, *residual, x, p);
+    h = make(x, {p.M, p.K}, x.scalar_type());
+    p.h = h.mutable_data_ptr();
+  }
+  Blocks out = make_blocks(p, x);
+  run(op, p, x, out);
+  const auto& [codes8, codes4, sums, scales] = out;
+  return {codes8, codes4, sums, scales, y, h};
+}
+
+static Blocks silu_mul_quant(const Tensor& gate, const Tensor& up, int64_t k8,
+                             const std::string& granularity, const std::optional<Tensor>& perm) {
+  const char* op = "silu_mul_quant";
+  Params p = check(op, gate, k8, granularity, perm);
+  p.source = Source::kSiluMul;
+  check_other(Arg{op, "up"}, up, gate, p);
+  Blocks out = make_blocks(p, gate);
+  run(op, p, gate, out);
   return out;
 }
 
@@ -88,6 +138,8 @@ static void act_quant_out(const Tensor& x, int64_t k8, const std::string& granul
 STABLE_TORCH_LIBRARY_IMPL(tessella, CPU, m) {
   m.impl("act_quant", TORCH_BOX(&act_quant));
   m.impl("act_quant_out", TORCH_BOX(&act_quant_out));
+  m.impl("rms_norm_quant", TORCH_BOX(&rms_norm_quant));
+  m.impl("silu_mul_quant", TORCH_BOX(&silu_mul_quant));
 }
 #ifdef TESSELLA_WITH_CUDA
 STABLE_TORCH_LIBRARY_IMPL(tessella, CUDA, m) {

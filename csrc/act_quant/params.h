@@ -9,9 +9,17 @@
 
 namespace tessella::act_quant {
 
+// What is quantised. The fused producers round where the same model in torch would (to the dtype
+// after each of its ops), so fusing changes nothing but speed.
+enum class Source {
+  kPlain,    // x
+  kRmsNorm,  // weight * norm(h), h = x + residual; norm(h) = h / sqrt(mean(h^2) + eps)
+  kSiluMul,  // silu(x) * other
+};
+
 struct Params {
   const void* x;        // [M][K], rows `stride` elements apart
-  const int32_t* perm;  // [K] or null: channel k is x's channel perm[k]
+  const int32_t* perm;  // [K] or null: channel k is the source's channel perm[k]
   int8_t* codes8;       // [K8/128][M][128]
   uint8_t* codes4;      // [(Kp-K8)/128][M][64]
   int32_t* sums;        // [Kp/128][M]
@@ -19,6 +27,14 @@ struct Params {
   int64_t M, K, Kp, K8, stride;
   DType dtype;
   Granularity granularity;
+
+  Source source;
+  const void* other;   // residual (or null), or the factor `up`: [M][K], rows other_stride apart
+  const void* weight;  // RMS norm: [K]
+  void* h;             // RMS norm with residual: x + residual, [M][K]
+  void* y;             // RMS norm: what is quantised, as `dtype`, [M][K]; or null
+  int64_t other_stride;
+  float eps;
 };
 
 constexpr uint32_t kTinyBits = (127u - 100u) << 23;  // 2^-100

@@ -39,9 +39,20 @@ inline VF load_f(const float* p) { return _mm256_loadu_ps(p); }
 inline void store_f(float* p, VF x) { _mm256_storeu_ps(p, x); }
 inline VF add(VF a, VF b) { return _mm256_add_ps(a, b); }
 inline VF mul(VF a, VF b) { return _mm256_mul_ps(a, b); }
+inline VF div(VF a, VF b) { return _mm256_div_ps(a, b); }
+inline VF min(VF a, VF b) { return _mm256_min_ps(a, b); }
+inline VF max(VF a, VF b) { return _mm256_max_ps(a, b); }
+inline float reduce_add(VF a) {
+  __m128 x = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+  x = _mm_add_ps(x, _mm_movehl_ps(x, x));
+  return _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)));
+}
 inline VF fma(VF a, VF b, VF c) { return _mm256_fmadd_ps(a, b, c); }
 inline VF to_f(VI x) { return _mm256_cvtepi32_ps(x); }
 inline VI round_to_i(VF x) { return _mm256_cvtps_epi32(x); }  // to nearest, ties to even
+inline VF pow2(VI e) {                                        // 2^e, -126 <= e <= 127
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(e, set1_i(127)), 23));
+}
 inline VI abs_bits(VF x) {
   return _mm256_and_si256(_mm256_castps_si256(x), _mm256_set1_epi32(0x7fffffff));
 }

@@ -29,9 +29,16 @@ inline VF load_f(const float* p) { return _mm512_loadu_ps(p); }
 inline void store_f(float* p, VF x) { _mm512_storeu_ps(p, x); }
 inline VF add(VF a, VF b) { return _mm512_add_ps(a, b); }
 inline VF mul(VF a, VF b) { return _mm512_mul_ps(a, b); }
+inline VF div(VF a, VF b) { return _mm512_div_ps(a, b); }
+inline VF min(VF a, VF b) { return _mm512_min_ps(a, b); }
+inline VF max(VF a, VF b) { return _mm512_max_ps(a, b); }
+inline float reduce_add(VF a) { return _mm512_reduce_add_ps(a); }
 inline VF fma(VF a, VF b, VF c) { return _mm512_fmadd_ps(a, b, c); }
 inline VF to_f(VI x) { return _mm512_cvtepi32_ps(x); }
 inline VI round_to_i(VF x) { return _mm512_cvtps_epi32(x); }  // to nearest, ties to even
+inline VF pow2(VI e) {                                        // 2^e, -126 <= e <= 127
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(e, set1_i(127)), 23));
+}
 inline VI abs_bits(VF x) {
   return _mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(0x7fffffff));
 }

@@ -35,12 +35,17 @@ inline VF load_f(const float* p) { return {*p}; }
 inline void store_f(float* p, VF x) { *p = x.v; }
 inline VF add(VF a, VF b) { return {a.v + b.v}; }
 inline VF mul(VF a, VF b) { return {a.v * b.v}; }
+inline VF div(VF a, VF b) { return {a.v / b.v}; }
+inline VF min(VF a, VF b) { return {a.v < b.v ? a.v : b.v}; }
+inline VF max(VF a, VF b) { return {a.v > b.v ? a.v : b.v}; }
+inline float reduce_add(VF a) { return a.v; }
 inline VF fma(VF a, VF b, VF c) { return {a.v * b.v + c.v}; }  // rounds twice
 inline VF to_f(VI x) { return {float(x.v)}; }
 // To nearest, ties to even: the sum's unit is 1, so the addition itself rounds (|x| < 2^22).
 inline VI round_to_i(VF x) {
   return {int32_t(float_to_bits(x.v + 12582912.f) - float_to_bits(12582912.f))};
 }
+inline VF pow2(VI e) { return {bits_to_float(uint32_t(e.v + 127) << 23)}; }  // -126 <= e <= 127
 inline VI abs_bits(VF x) { return {int32_t(float_to_bits(x.v) & 0x7fffffff)}; }
 
 template <class T>

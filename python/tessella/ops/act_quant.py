@@ -45,6 +45,64 @@ def act_quant(
     return ActBlocks(*out, granularity)
 
 
+def rms_norm_quant(
+    x_MK: Tensor,
+    weight_K: Tensor,
+    eps: float,
+    residual_MK: Tensor | None = None,
+    *,
+    k8: int = -1,
+    granularity: str = "token",
+    perm: Tensor | None = None,
+) -> tuple[ActBlocks, Tensor, Tensor]:
+    """RMS norm, with an optional residual sum before it, quantised in the same pass.
+
+    ``h = x + residual;  y = weight * (h / sqrt(mean(h^2) + eps));  blocks = act_quant(y)``
+
+    Each step is rounded to x's dtype, as by the torch modules it replaces.
+
+    Args:
+        x_MK, residual_MK: bf16, fp16 or (CPU) fp32 [M, K], unit stride along K.
+        weight_K: [K] of x's dtype.
+        eps: added to the mean of squares.
+        k8, granularity, perm: as for :func:`act_quant`.
+
+    Returns:
+        (blocks of y, y [M, K], h [M, K]); h is x itself without a residual.
+
+    Raises:
+        RuntimeError or ValueError: as :func:`act_quant`, and for a weight or residual that does
+            not fit x.
+    """
+    refuse_gradient("rms_norm_quant", x_MK, weight_K, residual_MK)
+    *blocks, y, h = torch.ops.tessella.rms_norm_quant(
+        x_MK, weight_K, eps, residual_MK, k8, granularity, perm
+    )
+    return ActBlocks(*blocks, granularity), y, x_MK if residual_MK is None else h
+
+
+def silu_mul_quant(
+    gate_MK: Tensor,
+    up_MK: Tensor,
+    *,
+    k8: int = -1,
+    granularity: str = "token",
+    perm: Tensor | None = None,
+) -> ActBlocks:
+    """``act_quant(silu(gate) * up)`` in one pass: what stands before a gated MLP's down projection.
+
+    Args:
+        gate_MK, up_MK: bf16, fp16 or (CPU) fp32 [M, K], unit stride along K.
+        k8, granularity, perm: as for :func:`act_quant`.
+
+    Raises:
+        RuntimeError or ValueError: as :func:`act_quant`, and for an `up` that does not fit `gate`.
+    """
+    refuse_gradient("silu_mul_quant", gate_MK, up_MK)
+    out = torch.ops.tessella.silu_mul_quant(gate_MK, up_MK, k8, granularity, perm)
+    return ActBlocks(*out, granularity)
+
+
 def empty_blocks(x: Tensor, k8: int, granularity: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Unwritten (codes8, codes4, sums, scales) for x [M, K]: buffers for act_quant_out."""
     M, K = x.shape
@@ -73,6 +131,16 @@ def _fake(x, k8=-1, granularity="token", perm=None):
     return empty_blocks(x, k8, granularity)
 
 
+def _ref_rms_norm(x, weight, eps, residual, k8, granularity, perm):
+    y, h = ref.rms_norm(x, weight, eps, residual)
+    return *_ref(y, k8, granularity, perm), y, h if residual is not None else x.new_empty(0)
+
+
+def _fake_rms_norm(x, weight, eps, residual, k8, granularity, perm):
+    h = x.new_empty(0) if residual is None else x.new_empty(x.shape)
+    return *_fake(x, k8, granularity, perm), x.new_empty(x.shape), h
+
+
 define(
     "act_quant(Tensor x, int k8=-1, str granularity='token', Tensor? perm=None)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
@@ -84,4 +152,16 @@ define(
     " Tensor(a!) codes8, Tensor(b!) codes4, Tensor(c!) sums, Tensor(d!) scales) -> ()",
     ref=_ref_out,
     fake=lambda *_: None,
+)
+define(
+    "rms_norm_quant(Tensor x, Tensor weight, float eps, Tensor? residual, int k8, str granularity,"
+    " Tensor? perm) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    ref=_ref_rms_norm,
+    fake=_fake_rms_norm,
+)
+define(
+    "silu_mul_quant(Tensor gate, Tensor up, int k8, str granularity, Tensor? perm)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    ref=lambda gate, up, *rest: _ref(ref.silu_mul(gate, up), *rest),
+    fake=lambda gate, up, *rest: _fake(gate, *rest),
 )

@@ -94,9 +94,7 @@ def _ref_gemm(codes8, codes4, sums, scales, w, scheme, N, granularity, bias, dty
 
 
 def _ref_gemm_out(codes8, codes4, sums, scales, w, scheme, N, granularity, bias, out):
-    out.copy_(
-        _ref_gemm(codes8, codes4, sums, scales, w, scheme, N, granularity, bias, out.dtype)
-    )
+    out.copy_(_ref_gemm(codes8, codes4, sums, scales, w, scheme, N, granularity, bias, out.dtype))
 
 
 def _fake_pack(codes, channel_scales, group_scales, zeros, scheme, K):

@@ -81,3 +81,21 @@ def check(x_MK: Tensor, k8: int, granularity: str, perm: Tensor | None) -> None:
         raise ValueError(
             f"act_quant: perm: expected torch.int32 ({K},), got {perm.dtype} {tuple(perm.shape)}"
         )
+
+
+def rms_norm(
+    x_MK: Tensor, weight_K: Tensor, eps: float, residual_MK: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """(y, h): h = x + residual; y = weight * (h / sqrt(mean(h^2) + eps)).
+
+    Rounded to x's dtype after the sum, the norm and the product, as torch modules do.
+    """
+    h = x_MK if residual_MK is None else x_MK + residual_MK
+    h32 = h.float()
+    normed = (h32 * torch.rsqrt(h32.square().mean(1, keepdim=True) + eps)).to(x_MK.dtype)
+    return weight_K * normed, h
+
+
+def silu_mul(gate_MK: Tensor, up_MK: Tensor) -> Tensor:
+    """silu(gate) * up, rounded to their dtype after each of the two."""
+    return torch.nn.functional.silu(gate_MK) * up_MK
