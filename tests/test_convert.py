@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import weakref
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import tiny
-from tessella.formats import W4Weight
+from tessella.formats import SCHEMES, W4Weight
 from tessella.models import hub, partial
 from tessella.models.checkpoint import Checkpoint
 from tessella.models.convert import convert
@@ -334,3 +335,37 @@ def test_hub_errors_are_told(tmp_path, monkeypatch):
     refuse(
         "some/model", tmp_path / "out", r"some/model: .*from the hub: 404 Client Error: not found$"
     )
+
+
+# The documentation
+
+
+def documented(language: str) -> list[str]:
+    text = (Path(__file__).parent.parent / "docs" / "formats.md").read_text(encoding="utf-8")
+    return re.findall(rf"```{language}\n(.*?)```", text, re.S)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_the_documented_reader_reads(llama, tmp_path, scheme):
+    convert(llama, tmp_path / "out", Recipe("x", scheme=scheme))
+    scope = {"torch": torch}
+    exec(documented("python")[0], scope)
+    for name, K in (("model.layers.1.mlp.down_proj", 200), ("model.layers.0.mlp.up_proj", 256)):
+        tensors = stored(tmp_path / "out")
+        w = scope["dequantise"](tensors, name, scheme, K)
+        fields = {f: tensors[f"{name}.{f}"] for f in W4Weight.spec(scheme, 1, K)}
+        assert torch.equal(w, w4_dequant(W4Weight.from_tensors(fields, scheme, K))[:, :K])
+
+
+def test_the_documented_config_and_recipe(converted):
+    d = json.loads(documented("json")[0])
+    config = json.loads((converted / "config.json").read_text())["quantization_config"]
+    assert {k: v for k, v in config.items() if k != "layers"} | {"layers": d["layers"]} == d
+    assert d["layers"].items() <= config["layers"].items()
+    assert Recipe.from_toml(documented("toml")[0]) == W4A8
+
+
+def test_the_documented_recipes():
+    text = (Path(__file__).parent.parent / "docs" / "formats.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(w4[\w-]+)` \| `(\w+)` \| INT([48])", text, re.M)
+    assert rows == [(r.name, r.scheme, "8" if r.k8 else "4") for r in PRESETS.values()]
