@@ -136,7 +136,8 @@ def _quantize_rows(w: Tensor, scheme: str, ratios: tuple[float, ...]) -> dict[st
     w = torch.where(amax < TINY, 0.0, w)
     tensors = {}
     if scheme == "twolevel":
-        s0 = torch.where(amax < TINY, 0.0, amax / PROTECTIVE_RANGE)
+        # a tensor divisor: CUDA multiplies by the reciprocal of a Python number
+        s0 = torch.where(amax < TINY, 0.0, amax / torch.full_like(amax, PROTECTIVE_RANGE))
         w = w / torch.where(s0 == 0, 1.0, s0)
         tensors["channel_scales"] = s0[:, 0]
     if Kp != K:  # repeating the last channel leaves a group's range alone
