@@ -41,7 +41,8 @@ def test_the_demo(tmp_path):
     answer = answer_of(run_process("demo", "--keep", tmp_path / "kept", "--json"))
     check(answer)
     # One prompt and four tokens after it, the last of which is not fed back.
-    assert calls(answer["kernels"], "act_quant") == LINEARS * 4
+    # the norms, the gates and act_quant quantise for them: four a layer of seven linears
+    assert calls(answer["kernels"], "act_quant") == LINEARS // 7 * 4 * 4
     assert calls(answer["kernels"], "w4ax_gemm") == LINEARS * 4
     if _native.HAS_OPS:
         compiled = {name for names in _native._C.kernels().values() for name in names}

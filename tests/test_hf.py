@@ -165,8 +165,12 @@ def test_every_linear_runs_our_ops(checkpoints, case, dense):
         model.generate(ids, max_new_tokens=forwards, do_sample=False, min_new_tokens=forwards)
     names = ops_outside_ours(prof)
     linears = len(quantised(model))
-    assert names.count("tessella::act_quant") == linears * forwards
     assert names.count("tessella::w4ax_gemm") == linears * forwards
+    # what they multiply is quantised by the norms, the gates, and act_quant for o_proj and a head
+    layers, head = tiny.LAYERS, 1 - dense
+    assert names.count("tessella::rms_norm_quant") == 2 * layers * forwards
+    assert names.count("tessella::silu_mul_quant") == layers * forwards
+    assert names.count("tessella::act_quant") == (layers + head) * forwards
     assert names.count("aten::linear") == dense * forwards, "the head only"
     for gemm in ("aten::addmm", "aten::mm"):
         assert names.count(gemm) <= dense * forwards, gemm

@@ -93,7 +93,8 @@ def _kernel(event: Any, threads: int) -> str:
     """Name of the compiled kernel behind a profiler event of an op on CPU."""
     from tessella import _native
 
-    family = event.name.removeprefix("tessella::").removesuffix("_out")
+    op = event.name.removeprefix("tessella::").removesuffix("_out")
+    family = "act_quant" if op.endswith("_quant") else op  # its fused producers are in its family
     if not _native.HAS_OPS or _native._C is None:
         return f"{family}: {REFERENCE}"
     for name in os.environ.get("TESSELLA_FORCE", "").split(","):

@@ -22,6 +22,7 @@ from tessella.formats import W4Weight
 from tessella.models.checkpoint import CONFIG, INDEX, WEIGHTS, Checkpoint, read_header, read_json
 from tessella.models.config import QUANT_METHOD, LayerFormat, QuantizationConfig
 from tessella.models.errors import CheckpointError
+from tessella.models.fuse import fuse
 from tessella.models.hub import resolve
 from tessella.models.linear import W4AxLinear
 
@@ -127,6 +128,7 @@ class TessellaQuantizer(HfQuantizer):
         for module, name in self._names.items():
             staged = model.get_submodule(module)
             model.set_submodule(module, staged.finish(self._stored, name))
+        fuse(model)
         return model
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:

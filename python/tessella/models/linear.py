@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,26 @@ from tessella.quant.recipe import Recipe
 
 _act_quant = torch.ops.tessella.act_quant.default
 _w4ax_gemm = torch.ops.tessella.w4ax_gemm.default
+
+
+def share(x: Tensor, k8: int, granularity: str, blocks: Sequence[Tensor]) -> None:
+    """Keep the ActBlocks of `x` with it, for the next linear that reads the same tensor.
+
+    The tensor's version counter tells if it was changed in place since. Inference tensors have
+    none, and compiled graphs cannot carry the note: there nothing is kept.
+    """
+    if not (torch.compiler.is_compiling() or x.is_inference()):
+        x._tessella_blocks = (x._version, k8, granularity, blocks)
+
+
+def shared(x: Tensor, k8: int, granularity: str) -> Sequence[Tensor] | None:
+    """The blocks that :func:`share` kept with `x`, if they still describe it."""
+    if torch.compiler.is_compiling():
+        return None
+    note = getattr(x, "_tessella_blocks", None)
+    if note is None or note[:3] != (x._version, k8, granularity):
+        return None
+    return note[3]
 
 
 class W4AxLinear(nn.Module):
@@ -73,24 +93,37 @@ class W4AxLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] bf16, fp16 or (CPU) fp32 -> [..., N] of the same dtype.
 
-        Raises ValueError when the last dimension of x is not K.
+        Raises ValueError when the last dimension of x is not K. The result carries no gradient.
         """
         if x.shape[-1] != self.in_features:
             got = tuple(x.shape)
             raise ValueError(f"W4AxLinear: x: expected [..., {self.in_features}], got {got}")
-        x_MK = x.reshape(-1, self.in_features)
-        if x_MK.stride(1) != 1:
-            x_MK = x_MK.contiguous()
+        return self.multiply(self._quantise(x), x.shape[:-1], x.dtype)
+
+    def multiply(self, blocks: Sequence[Tensor], leading: torch.Size, dtype: torch.dtype) -> Tensor:
+        """Quantised activations (codes8, codes4, sums, scales) -> y [*leading, N] of `dtype`."""
         y_MN = _w4ax_gemm(
-            *_act_quant(x_MK, self.k8, self.granularity, self.perm),
+            *blocks,
             self.blob,
             self.scheme,
             self.out_features,
             self.granularity,
             self.bias,
-            x.dtype,
+            dtype,
         )
-        return y_MN.view(*x.shape[:-1], self.out_features)
+        return y_MN.view(*leading, self.out_features)
+
+    def _quantise(self, x: Tensor) -> Sequence[Tensor]:
+        """x in ActBlocks, once for all linears that read this very tensor and quantise alike."""
+        if self.perm is None and (blocks := shared(x, self.k8, self.granularity)) is not None:
+            return blocks
+        x_MK = x.reshape(-1, self.in_features)
+        if x_MK.stride(1) != 1:
+            x_MK = x_MK.contiguous()
+        blocks = _act_quant(x_MK, self.k8, self.granularity, self.perm)
+        if self.perm is None:
+            share(x, self.k8, self.granularity, blocks)
+        return blocks
 
     def weight(self) -> W4Weight:
         """The canonical weight, a fresh copy on the module's device."""
