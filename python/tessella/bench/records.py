@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from tessella import _native
+
 
 @dataclass
 class Record:
@@ -52,16 +54,25 @@ def stamp(device: str) -> dict[str, str]:
 
 
 def _commit() -> str:
-    """The checkout's commit, marked if it has changes; else the commit the build was made from."""
-    here = Path(__file__).resolve().parent
-    try:
-        git = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=7"]
-        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        from tessella import _native
+    """The checkout's commit, marked if it has changes; else the commit the build was made from.
 
+    Results files do not count as changes: a run of several families writes them as it goes.
+    """
+    root = Path(__file__).resolve().parents[3]
+    try:
+        if not (root / "csrc/families.h").exists():
+            raise FileNotFoundError("not a checkout")
+        commit = _git(root, "rev-parse", "--short=7", "HEAD")
+        changes = _git(root, "status", "--porcelain", "-uno", "--", ".", ":!bench/results")
+        return f"{commit}-dirty" if changes else commit
+    except (OSError, subprocess.CalledProcessError):
         built = _native._C.build_info()["git"] if _native._C else ""
         return os.environ.get("TESSELLA_COMMIT", built or "unknown")
+
+
+def _git(root: Path, *args: str) -> str:
+    command = ["git", "-c", f"safe.directory={root}", "-C", str(root), *args]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def device_name(device: str) -> str:
@@ -85,7 +96,8 @@ def device_folder(device: str) -> str:
 
 
 def _key(record: dict[str, Any]) -> str:
-    return json.dumps([record["kernel"], record["case"], record["device"]], sort_keys=True)
+    """What makes two records the same measurement; a better kernel replaces a worse one."""
+    return json.dumps([record["family"], record["case"], record["device"]], sort_keys=True)
 
 
 def save(path: Path, records: list[dict[str, Any]]) -> None:
@@ -97,8 +109,3 @@ def save(path: Path, records: list[dict[str, Any]]) -> None:
     temporary = path.with_suffix(".tmp")
     temporary.write_text(f"[\n {rows}\n]\n")
     temporary.replace(path)
-
-
-def load(folder: Path) -> list[dict[str, Any]]:
-    """All records below a results folder, in file order."""
-    return [r for path in sorted(folder.rglob("*.json")) for r in json.loads(path.read_text())]

@@ -3,28 +3,42 @@
 from __future__ import annotations
 
 import os
+import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median, quantiles
 
 import torch
 
+REPS = 30
+"""Samples of a variant, unless the time budget forces fewer."""
+
+FEWEST = 5
+"""Samples of a variant at least, whatever they take."""
+
+MOST_S = 5.0
+"""A variant whose single call takes longer is not measured."""
+
+BUDGET_S = 30.0
+"""Seconds for the samples of all variants of a case together."""
+
 
 @dataclass(frozen=True)
 class Timing:
-    """Median and minimum in microseconds, and interquartile range over median."""
+    """Median and minimum in microseconds, interquartile range over median, and samples taken."""
 
     us: float
     best_us: float
     spread: float
+    samples: int
 
 
 def summarise(samples_us: Sequence[float]) -> Timing:
     """Median, minimum and relative spread of samples in microseconds (at least one)."""
     mid = median(samples_us)
     low, _, high = quantiles(samples_us, n=4) if len(samples_us) > 1 else (mid, mid, mid)
-    return Timing(mid, min(samples_us), (high - low) / mid if mid else 0.0)
+    return Timing(mid, min(samples_us), (high - low) / mid if mid else 0.0, len(samples_us))
 
 
 def last_level_cache_bytes() -> int:
@@ -49,27 +63,69 @@ Call = Callable[[int], object]
 """One run of a variant; the argument counts up, for rotating over buffers."""
 
 
-def time_cpu(variants: dict[str, Call], *, reps: int = 30, budget_s: float = 8.0):
-    """Time variants interleaved, one call each in turn; {name: Timing}.
+def sample_counts(
+    seconds: Mapping[str, float], *, reps: int = REPS, budget_s: float = BUDGET_S
+) -> dict[str, int]:
+    """Samples of each variant, given the seconds that one call of it takes.
 
-    At least `reps` rounds after a warm-up, fewer (but 5) where they would exceed `budget_s`.
+    Every variant has the same share of the budget: `reps` samples if they fit in, else as many as
+    do, but :data:`FEWEST`. A variant over :data:`MOST_S` is left out.
     """
-    samples: dict[str, list[float]] = {name: [] for name in variants}
-    for call in variants.values():
-        call(0)
-    start = time.perf_counter()
+    share = budget_s / max(len(seconds), 1)
+    return {
+        name: max(min(FEWEST, reps), min(reps, int(share / max(s, 1e-9))))
+        for name, s in seconds.items()
+        if s <= MOST_S
+    }
+
+
+def time_cpu(
+    variants: Mapping[str, Call], *, reps: int = REPS, budget_s: float = BUDGET_S
+) -> dict[str, Timing]:
+    """Time variants interleaved, one call each a round, after a warm-up.
+
+    The order changes from round to round, so that what a call leaves in the caches disturbs all
+    others alike. A variant with fewer samples than `reps` (:func:`sample_counts`) sits out some
+    rounds, evenly spread. The result lacks variants that are too slow to measure.
+    """
+    calls = {name: _counted(call) for name, call in variants.items()}
+    counts = sample_counts(
+        {name: _warm_up(call) for name, call in calls.items()}, reps=reps, budget_s=budget_s
+    )
+    samples: dict[str, list[float]] = {name: [] for name in counts}
+    order, shuffle = list(counts.items()), random.Random(0).shuffle
     for i in range(reps):
-        for name, call in variants.items():
-            before = time.perf_counter()
-            call(i + 1)
-            samples[name].append((time.perf_counter() - before) * 1e6)
-        if i >= 4 and time.perf_counter() - start > budget_s:
-            break
+        shuffle(order)
+        for name, n in order:
+            if (i + 1) * n // reps > i * n // reps:
+                samples[name].append(calls[name]() * 1e6)
     return {name: summarise(s) for name, s in samples.items()}
 
 
-def time_cuda(variants: dict[str, Call], *, inner: int = 20, reps: int = 30):
-    """Time variants as CUDA graphs of `inner` calls each, replayed in turn; {name: Timing}.
+def _counted(call: Call) -> Callable[[], float]:
+    """Runs `call` with 0, 1, 2...; returns the seconds it took."""
+    calls = 0
+
+    def run() -> float:
+        nonlocal calls
+        before = time.perf_counter()
+        call(calls)
+        calls += 1
+        return time.perf_counter() - before
+
+    return run
+
+
+def _warm_up(call: Callable[[], float]) -> float:
+    """Seconds of a call, the first one left out unless it is very slow already."""
+    first = call()
+    return first if first > MOST_S else min(first, call())
+
+
+def time_cuda(
+    variants: Mapping[str, Call], *, inner: int = 20, reps: int = REPS
+) -> dict[str, Timing]:
+    """Time variants as CUDA graphs of `inner` calls each, replayed in turn.
 
     Launches inside a graph follow each other at the GPU's pace, as they do in a served model.
     The calls rotate over buffers by their argument; results are kept alive until the replay.

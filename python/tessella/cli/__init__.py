@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from tessella.cli import demo, eval, generate, info, quantize
+from tessella.cli import bench, demo, eval, generate, info, plan, quantize
 
 app = typer.Typer(
     name="tessella",
@@ -22,6 +22,8 @@ app.command("info")(info.info)
 app.command("quantize")(quantize.quantize)
 app.command("generate")(generate.generate)
 app.command("eval")(eval.evaluate)
+app.add_typer(plan.app, name="plan")
+app.add_typer(bench.app, name="bench")
 
 
 def _print_version(wanted: bool) -> None:

@@ -1,0 +1,7 @@
+"""Benchmarks of the family e2e."""
+
+FAMILY = "e2e"
+
+
+def test_e2e(benchmark, call):
+    benchmark(call)

@@ -1,0 +1,124 @@
+"""``tessella plan``: what the planner would do, and how long that should take."""
+
+from __future__ import annotations
+
+import dataclasses
+from enum import Enum
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from tessella.cli.session import Debug, Json, session
+
+if TYPE_CHECKING:
+    from tessella.bench.ceilings import Ceilings
+    from tessella.bench.predict import Gemm, Prediction
+
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
+
+
+@app.callback()
+def _plan() -> None:
+    """What the planner would do with a problem, and how long that should take."""
+
+
+class Arch(str, Enum):
+    """Machines whose ceilings are known; `here` measures this one."""
+
+    here = "here"
+    zen5 = "zen5"
+
+
+class Scheme(str, Enum):
+    """Weight schemes."""
+
+    channel = "channel"
+    g32 = "g32"
+    g64 = "g64"
+    g128 = "g128"
+    twolevel = "twolevel"
+
+
+class Act(str, Enum):
+    """Activation formats, as results name them."""
+
+    int8 = "int8"
+    int8b128 = "int8b128"
+
+
+class Isa(str, Enum):
+    """Instruction sets that the CPU kernels are compiled for."""
+
+    avx512vnni = "avx512vnni"
+    avxvnni = "avxvnni"
+    avx2 = "avx2"
+    scalar = "scalar"
+
+
+@app.command("gemm")
+def gemm(
+    M: Annotated[int, typer.Argument(min=1, help="Tokens.")],
+    N: Annotated[int, typer.Argument(min=1, help="Out features.")],
+    K: Annotated[int, typer.Argument(min=1, help="In features.")],
+    scheme: Annotated[Scheme, typer.Option(help="Of the weight.")] = Scheme.twolevel,
+    act: Annotated[Act, typer.Option(help="Activations: per token, or per 128.")] = Act.int8,
+    threads: Annotated[int, typer.Option(min=1, max=1024, help="Threads.")] = 1,
+    arch: Annotated[
+        Arch, typer.Option(help="Ceilings: measured now, or of a known machine.")
+    ] = Arch.here,
+    isa: Annotated[
+        Isa | None, typer.Option(help="Instruction set; default: the machine's best.")
+    ] = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Kernel, tile and work split of a 4-bit linear layer, and its predicted time.
+
+    JSON: plan (kernel, chunk_rows, tasks, us, memory_us, compute_us, roofline_us,
+    roofline_frac, bound), problem, ceilings.
+
+    \b
+    Examples:
+      tessella plan gemm 1 4096 4096
+      tessella plan gemm 512 14336 4096 --threads 2 --arch zen5
+      tessella plan gemm 16 4096 4096 --isa scalar --json
+    """
+    with session(json=json, debug=debug) as s:
+        from tessella.bench import ceilings, predict
+
+        problem = predict.Gemm(M, N, K, scheme.value, act.value, threads)
+        limits = ceilings.of(arch.value, threads, isa.value if isa else None)
+        prediction = predict.gemm(problem, limits)
+        s.show(_table(problem, prediction, limits))
+        s.answer(
+            {
+                "plan": {
+                    **dataclasses.asdict(prediction),
+                    "roofline_frac": prediction.roofline_frac,
+                    "bound": prediction.bound,
+                },
+                "problem": dataclasses.asdict(problem),
+                "ceilings": {"arch": arch.value, **dataclasses.asdict(limits)},
+            }
+        )
+
+
+def _table(problem: Gemm, p: Prediction, limits: Ceilings) -> Table:
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column()
+    rows = {
+        "kernel": p.kernel,
+        "work": f"{p.tasks} tasks of {p.chunk_rows} tokens x 64 features",
+        "predicted": f"{p.us:,.1f} µs, bound by {p.bound}",
+        "memory": f"{p.memory_us:,.1f} µs for {problem.nbytes / 1e6:,.2f} MB at "
+        f"{limits.read_bytes_per_us / 1e3:,.1f} GB/s",
+        "arithmetic": f"{p.compute_us:,.1f} µs for {problem.macs / 1e9:,.2f} GMAC; "
+        f"peak {limits.macs_per_us / 1e3:,.0f} GMAC/s ({limits.isa})",
+        "roofline": f"{p.roofline_us:,.1f} µs; the plan reaches {p.roofline_frac:.0%} of it",
+    }
+    for name, value in rows.items():
+        table.add_row(name, Text(value))
+    return table
