@@ -4,7 +4,7 @@ A block is everything between ``<!-- generated: KIND ARGUMENT -->`` and ``<!-- e
 
 * ``schema OP``: the declared schema of an op (tessella.ops)
 * ``commands``: the commands of the command line with their first help line
-* ``bench FILE``: the records of a results file below bench/results
+* ``summary FILE``, ``detail FILE``: tables of a results file below bench/results
 
 ``python docs/generate.py`` rewrites them in place; tests/test_repo.py fails when one is stale.
 """
@@ -53,37 +53,35 @@ def schema(op: str, read: Read) -> str:
 
 def commands(_: None, read: Read) -> str:
     """A table of the commands and the first line of their help."""
+    from typer.main import get_command
+
     from tessella.cli import app
 
     rows = ["| command | does |", "|---|---|"]
-    for c in app.registered_commands:
-        name = c.name or c.callback.__name__.replace("_", "-")
-        does = (c.help or c.callback.__doc__ or "").strip().splitlines()[0]
+    for name, command in get_command(app).commands.items():
+        does = (command.help or "").strip().splitlines()[0]
         rows.append(f"| `tessella {name}` | {does} |")
     return "\n".join(rows)
 
 
-def bench(path: str, read: Read) -> str:
-    """A table of the records in bench/results/<path>: time, roofline, ratio to each baseline."""
+def summary(path: str, read: Read) -> str:
+    """The records of bench/results/<path>, geometric means over shapes where there are many."""
+    return _table("summary", path, read)
+
+
+def detail(path: str, read: Read) -> str:
+    """The records of bench/results/<path>, one row each."""
+    return _table("detail", path, read)
+
+
+def _table(kind: str, path: str, read: Read) -> str:
+    from tessella.bench import tables
+
     records = json.loads(read(f"bench/results/{path}"))
-    keys = list(dict.fromkeys(k for r in records for k in r["case"]))
-    rivals = list(dict.fromkeys(b for r in records for b in r["baselines"]))
-    head = ["kernel", *keys, "us", "of roofline", *(f"vs {b}" for b in rivals)]
-    rows = [head, ["---"] * len(head)]
-    for r in records:
-        ratios = [
-            f"{r['baselines'][b] / r['us']:.2f}x" if r["baselines"].get(b) else "" for b in rivals
-        ]
-        share = f"{r['roofline_frac']:.0%}" if r.get("roofline_frac") else ""
-        case = [str(r["case"].get(k, "")) for k in keys]
-        rows.append([r["kernel"], *case, f"{r['us']:.2f}", share, *ratios])
-    made = {(r["device"], r["torch"], r["commit"], r["date"]) for r in records}
-    source = "; ".join(f"{d}, torch {t}, commit {c}, {day}" for d, t, c, day in sorted(made))
-    table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
-    return f"{table}\n\nMeasured on {source}."
+    return f"{getattr(tables, kind)(records, path).markdown()}\n\n{tables.source(records)}."
 
 
-KINDS: dict[str, Callable] = {"schema": schema, "commands": commands, "bench": bench}
+KINDS: dict[str, Callable] = {f.__name__: f for f in (schema, commands, summary, detail)}
 
 
 def main() -> None:
