@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 
 import pytest
 import torch
@@ -175,6 +176,25 @@ def test_results_do_not_depend_on_the_chunk(scheme, monkeypatch, rng):
     parts = rtn.quantize(w, scheme)
     for field, t in whole.tensors().items():
         assert torch.equal(t, parts.tensors()[field]), field
+
+
+def test_results_do_not_depend_on_the_threads(threads, rng):
+    w = torch.randn(1200, 300, generator=rng)
+    threads(1)
+    serial, error = rtn.quantize(w, "twolevel"), rtn.relative_error(w, rtn.quantize(w, "g32"))
+    threads(3)
+    parallel = rtn.quantize(w, "twolevel")
+    assert all(torch.equal(t, parallel.tensors()[f]) for f, t in serial.tensors().items())
+    assert rtn.relative_error(w, rtn.quantize(w, "g32")) == error
+    seen = []
+    thread = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
+    thread.start()
+    thread.join()
+    assert (torch.get_num_threads(), seen) == (3, [3]), "torch's setting is put back"
+    w[1100, 7] = torch.nan
+    w[900, 3] = torch.inf
+    with pytest.raises(ValueError, match="row 900, column 3"):
+        rtn.quantize(w, "twolevel")
 
 
 def test_strided_weights(rng):

@@ -14,7 +14,10 @@ Letters: N out features, K in features, Kp = K rounded up to 128, G group size.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,7 +49,7 @@ TINY, HUGE = 2.0**-100, 2.0**100
 """A row below TINY everywhere is stored as zeros; a weight of HUGE or more is refused."""
 
 CHUNK = 1 << 18
-"""Weights in work at a time: bounds the memory and keeps the search inside the L2 cache."""
+"""Weights that a thread works on at a time: bounds the memory and fits the L2 cache."""
 
 
 def quantize(w_NK: Tensor, scheme: str, clip: str = "mse") -> W4Weight:
@@ -74,29 +77,50 @@ def quantize(w_NK: Tensor, scheme: str, clip: str = "mse") -> W4Weight:
     N, K = w_NK.shape
     spec = W4Weight.spec(scheme, N, K)
     out = {f: w_NK.new_empty(shape, dtype=dtype) for f, (dtype, shape) in spec.items()}
-    for rows in _row_chunks(N, K):
+
+    def work(rows: slice) -> None:
         _check_range(w_NK[rows], rows.start, scheme)
         for field, part in _quantize_rows(w_NK[rows].float(), scheme, CLIPS[clip]).items():
             out[field][rows] = part
+
+    _for_rows(work, w_NK)
     return W4Weight.from_tensors(out, scheme, K)
 
 
 def relative_error(w_NK: Tensor, q: W4Weight) -> float:
     """||dequant(q) - w|| / ||w||, Frobenius norms summed in fp64; 0 for an all-zero weight."""
-    error = norm = 0.0
-    for rows in _row_chunks(q.N, q.K):
+
+    def work(rows: slice) -> tuple[float, float]:
         part = {f: t[rows] for f, t in q.tensors().items()}
         part = W4Weight.from_tensors(part, q.scheme, q.K)
         w = w_NK[rows].double()
-        error += (w4_dequant(part)[:, : q.K] - w).square().sum().item()
-        norm += w.square().sum().item()
+        error = w4_dequant(part)[:, : q.K] - w
+        return error.square().sum().item(), w.square().sum().item()
+
+    error, norm = (math.fsum(part) for part in zip(*_for_rows(work, w_NK)))
     return (error / norm) ** 0.5 if norm else 0.0
 
 
-def _row_chunks(N: int, K: int) -> list[slice]:
-    """Slices of rows that hold about CHUNK weights each."""
-    rows = max(1, CHUNK // padded_k(K))
-    return [slice(n, min(n + rows, N)) for n in range(0, N, rows)]
+def _for_rows(work: Callable[[slice], Any], w_NK: Tensor) -> list:
+    """The results of `work` for slices of rows that hold about CHUNK weights each.
+
+    On a CPU the slices are spread over threads, and torch's ops run serially inside. The other
+    way round, many short parallel ops, each of them waits for its slowest thread: where cores
+    are shared with other programs that was measured to take ten times as long.
+    """
+    N, K = w_NK.shape
+    chunk = CHUNK if w_NK.device.type == "cpu" else CHUNK << 7
+    step = max(1, chunk // padded_k(K))
+    slices = [slice(n, min(n + step, N)) for n in range(0, N, step)]
+    threads = torch.get_num_threads()
+    if threads == 1 or w_NK.device.type != "cpu":
+        return [work(rows) for rows in slices]
+    try:
+        # set_num_threads is per thread, but threads to come take after the last call
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            return list(pool.map(work, slices))
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _check_range(w: Tensor, row0: int, scheme: str) -> None:
@@ -155,20 +179,20 @@ def _quantize_rows(w: Tensor, scheme: str, ratios: tuple[float, ...]) -> dict[st
 def _search(u: Tensor, K: int, scheme: str, ratios: tuple[float, ...]) -> _Grid:
     """The grid with the smallest squared error of each group of u [n, groups, G]."""
     lo, hi = u.amin(2, keepdim=True), u.amax(2, keepdim=True)
-    full = best = _grid(lo, hi, ratios[0], scheme)
     if len(ratios) == 1:
-        return full
-    least = _squared_error(u, full, full, K)
-    for ratio in ratios[1:]:
-        grid = _grid(lo, hi, ratio, scheme)
-        error = _squared_error(u, grid, full, K)
-        better = (error < least) & (grid.step > 0)
-        least = torch.where(better, error, least)
-        best = _Grid(*(torch.where(better, new, old) for new, old in zip(grid, best)))
-    return best
+        return _grid(lo, hi, ratios[0], scheme)
+    widths = torch.tensor(ratios, device=u.device).view(-1, 1, 1, 1)
+    grids = _grid(lo, hi, widths, scheme)  # [ratios, n, groups, 1]
+    errors = torch.stack([_code_error(u, _Grid(*grid), K) for grid in zip(*grids)])
+    # in units of the full range's step, so that the squares neither overflow nor vanish
+    full = grids.step[:1]
+    errors *= (grids.step / torch.where(full == 0, 1.0, full)).square_()
+    errors[1:].masked_fill_(grids.step[1:] == 0, torch.inf)
+    best = errors.argmin(0, keepdim=True)  # the widest of equals
+    return _Grid(*(t.gather(0, best)[0] for t in grids))
 
 
-def _grid(lo: Tensor, hi: Tensor, ratio: float, scheme: str) -> _Grid:
+def _grid(lo: Tensor, hi: Tensor, ratio: float | Tensor, scheme: str) -> _Grid:
     """The grid that covers `ratio` of the range [lo, hi] of each group."""
     if scheme == "twolevel":  # integer step and offset, in units of the channel scale
         cut = (hi - lo) * ((1 - ratio) / 2)
@@ -183,10 +207,10 @@ def _grid(lo: Tensor, hi: Tensor, ratio: float, scheme: str) -> _Grid:
     return _Grid(step, -zero * step, zero)
 
 
-def _squared_error(u: Tensor, grid: _Grid, unit: _Grid, K: int) -> Tensor:
-    """Squared error of each group [n, groups, 1], in units of `unit`'s steps; padding left out."""
+def _code_error(u: Tensor, grid: _Grid, K: int) -> Tensor:
+    """Sum of squares of each group's rounding errors, in codes; padding channels left out."""
     t = grid.position(u)
     t.sub_(t.round().clamp_(0, QMAX))
-    t.view(t.shape[0], -1)[:, K:] = 0
-    scale = grid.step / torch.where(unit.step == 0, 1.0, unit.step)
-    return t.square_().sum(2, keepdim=True) * scale.square_()
+    if t[0].numel() > K:
+        t.view(t.shape[0], -1)[:, K:] = 0
+    return t.square_().sum(2, keepdim=True)
