@@ -60,6 +60,8 @@ class Rival:
 
 
 class TorchBf16(Rival):
+    """torch's linear in bf16."""
+
     bytes_per_weight = 2
 
     def __init__(self, w_NK, copies, threads):
@@ -70,6 +72,8 @@ class TorchBf16(Rival):
 
 
 class TorchFp32(TorchBf16):
+    """torch's linear in fp32."""
+
     bytes_per_weight = 4
 
     def __init__(self, w_NK, copies, threads):
@@ -227,11 +231,10 @@ class OpenVino(Rival):
             "DYNAMIC_QUANTIZATION_GROUP_SIZE": G,
             "ENABLE_CPU_PINNING": False,
         }
-        model, memory = _compressed_linear(w_NK)
+        model, self.memory = _compressed_linear(w_NK)  # it reads its constants when first run
         self.requests = [
             ov.compile_model(model, "CPU", config).create_infer_request() for _ in range(copies)
         ]
-        del memory  # the model's constants lay in it
 
     @staticmethod
     def missing():
