@@ -197,6 +197,11 @@ def test_results_do_not_depend_on_the_threads(threads, rng):
         rtn.quantize(w, "twolevel")
 
 
+def test_parameters_leave_no_graph():
+    w = torch.nn.Parameter(torch.ones(4, 128))
+    assert not any(t.requires_grad for t in rtn.quantize(w, "channel").tensors().values())
+
+
 def test_strided_weights(rng):
     w = torch.randn(256, 96, generator=rng).T
     assert torch.equal(rtn.quantize(w, "g32").codes, rtn.quantize(w.contiguous(), "g32").codes)

@@ -74,6 +74,7 @@ def quantize(w_NK: Tensor, scheme: str, clip: str = "mse") -> W4Weight:
     if w_NK.dim() != 2 or not w_NK.is_floating_point() or 0 in w_NK.shape:
         got = f"{w_NK.dtype} {tuple(w_NK.shape)}"
         raise ValueError(f"rtn: w: expected a floating-point matrix [N, K], got {got}")
+    w_NK = w_NK.detach()
     N, K = w_NK.shape
     spec = W4Weight.spec(scheme, N, K)
     out = {f: w_NK.new_empty(shape, dtype=dtype) for f, (dtype, shape) in spec.items()}
@@ -93,7 +94,7 @@ def relative_error(w_NK: Tensor, q: W4Weight) -> float:
     def work(rows: slice) -> tuple[float, float]:
         part = {f: t[rows] for f, t in q.tensors().items()}
         part = W4Weight.from_tensors(part, q.scheme, q.K)
-        w = w_NK[rows].double()
+        w = w_NK[rows].detach().double()
         error = w4_dequant(part)[:, : q.K] - w
         return error.square().sum().item(), w.square().sum().item()
 
