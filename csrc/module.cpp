@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "core/build.h"
 #include "core/env.h"
 #include "cpu/ceilings.h"
 #include "families.h"
@@ -18,11 +19,7 @@ static py::dict build_info() {
   d["git"] = TESSELLA_GIT;
   d["compiler"] = "g++ " __VERSION__;
   d["cuda_version"] = TESSELLA_CUDA_VERSION;
-#ifdef TESSELLA_WITH_CUDA
-  d["cuda"] = true;
-#else
-  d["cuda"] = false;
-#endif
+  d["cuda"] = kHasCuda;
   py::list archs;
   const std::string all = TESSELLA_CUDA_ARCHS;
   for (size_t at = 0; at < all.size();) {

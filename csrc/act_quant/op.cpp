@@ -4,6 +4,7 @@
 #include <tuple>
 
 #include "act_quant/params.h"
+#include "core/build.h"
 #include "core/check.h"
 #include "core/stream.h"
 
@@ -47,12 +48,10 @@ static void run(const char* op, Params& p, const Tensor& x, const Blocks& out) {
   p.scales = scales.mutable_data_ptr<float>();
   if (p.M == 0) return;
   if (!x.is_cuda()) return run_cpu(p);
-#ifdef TESSELLA_WITH_CUDA
-  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-  check_launch(op, run_cuda(p, current_stream(x.get_device_index())));
-#else
-  refuse(Arg{op, "x"}, "a CPU tensor: this build has no CUDA kernels", describe(x));
-#endif
+  if constexpr (kHasCuda) {
+    const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+    check_launch(op, run_cuda(p, current_stream(x.get_device_index())));
+  }
 }
 
 static Tensor make(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef shape,
@@ -141,11 +140,9 @@ STABLE_TORCH_LIBRARY_IMPL(tessella, CPU, m) {
   m.impl("rms_norm_quant", TORCH_BOX(&rms_norm_quant));
   m.impl("silu_mul_quant", TORCH_BOX(&silu_mul_quant));
 }
-#ifdef TESSELLA_WITH_CUDA
-STABLE_TORCH_LIBRARY_IMPL(tessella, CUDA, m) {
+TSL_IF_CUDA(STABLE_TORCH_LIBRARY_IMPL(tessella, CUDA, m) {
   m.impl("act_quant", TORCH_BOX(&act_quant));
   m.impl("act_quant_out", TORCH_BOX(&act_quant_out));
-}
-#endif
+})
 
 }  // namespace tessella::act_quant

@@ -13,6 +13,21 @@ const char* isa_name(Isa isa) {
   return "?";
 }
 
+int isa_lanes(Isa isa) {
+  switch (isa) {
+#if TSL_X86
+    case Isa::avx512vnni:
+      return 16;
+    case Isa::avxvnni:
+    case Isa::avx2:
+      return 8;
+#endif
+    case Isa::scalar:
+      return 1;
+  }
+  return 1;
+}
+
 std::vector<Isa> all_isas() {
   return {
 #define X(name) Isa::name,

@@ -25,6 +25,7 @@ enum class Isa {
 };
 
 const char* isa_name(Isa isa);
+int isa_lanes(Isa isa);       // 32-bit lanes of its vectors
 bool isa_supported(Isa isa);  // by this CPU
 std::vector<Isa> all_isas();  // compiled, best first
 bool parse_isa(const std::string& name, Isa* isa);

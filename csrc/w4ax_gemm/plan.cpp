@@ -11,14 +11,11 @@ struct Limits {
 };
 
 static Limits limits(Isa isa) {
-  switch (isa) {
-#if TSL_X86
-    case Isa::avx512vnni:
+  switch (isa_lanes(isa)) {
+    case 16:
       return {6, 24};
-    case Isa::avxvnni:
-    case Isa::avx2:
+    case 8:
       return {2, 8};
-#endif
     default:
       return {4, 4};
   }
