@@ -76,11 +76,17 @@ def test_calls_are_interleaved_and_rotate():
     assert len(orders) > 1
 
 
-def test_a_hopeless_call_is_left_out_after_one_try(monkeypatch):
-    monkeypatch.setattr(timing, "MOST_S", 0.0)
+def test_a_hopeless_call_is_left_out_after_one_try():
     calls = []
-    assert timing.time_cpu({"a": calls.append}) == {}
+    assert timing.time_cpu({"a": calls.append}, most_s=0.0) == {}
     assert calls == [0]
+
+
+def test_the_first_run_of_a_long_call_counts(monkeypatch):
+    monkeypatch.setattr(timing, "LONG_S", 0.0)
+    calls = []
+    assert timing.time_cpu({"a": calls.append}, reps=4)["a"].samples == 4
+    assert calls == [0, 1, 2, 3]
 
 
 # ---------------------------------------------------------------- selection and running
@@ -350,12 +356,14 @@ def test_unsteady_figures_are_marked():
 
 
 def test_missing_rivals_are_explained():
-    slow = gemm_record(1, extra={"too_slow": ["torch_bf16"], "absent": {"openvino": "not there"}})
+    slow = gemm_record(
+        1, extra={"too_slow": ["torch_bf16"], "most_s": 5.0, "absent": {"openvino": "not there"}}
+    )
     slow["baselines"] = {}
     t = tables.summary([slow, gemm_record(4)], "title")
     assert t.rows[0][-1] == "too slow" and t.rows[1][-1] == "3.00x"
     assert any("openvino (not there)" in n for n in t.notes)
-    assert any("five seconds" in n for n in t.notes)
+    assert any("more than 5 seconds" in n for n in t.notes)
 
 
 def test_tables_escape_html():

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import time
 from collections.abc import Iterator
 from functools import lru_cache
 
@@ -18,6 +19,8 @@ from torch import Tensor, nn
 from tessella import _native
 from tessella.bench.suite import Case, Family, Prepared, Selection, Subject
 from tessella.bench.timing import Call
+from tessella.integrations import attention
+from tessella.integrations.cache import growing_cache
 from tessella.models.fuse import fuse
 from tessella.models.linear import W4AxLinear
 from tessella.quant.recipe import PRESETS, Recipe, Rtn
@@ -55,6 +58,11 @@ RECIPES: dict[str, Recipe] = {
 
 Without clipping: the search for the best range takes minutes and changes no time.
 """
+
+FEWEST, MOST_S = 2, 240.0
+"""A prefill of a long context takes minutes on few cores."""
+
+PROBE_TOKENS = 32
 
 POOL = 1 << 22
 """Random weights are drawn once and repeated."""
@@ -107,6 +115,7 @@ def converted(shape: str, recipe_name: str) -> nn.Module:
         if isinstance(linear, nn.Linear):
             _replace(model, linear, f"model.{name}", RECIPES[recipe_name])
     fuse(model)  # as a converted checkpoint is loaded
+    attention.use(model)
     return model
 
 
@@ -126,7 +135,20 @@ def single_precision(shape: str) -> nn.Module:
     return copy.deepcopy(original(shape)).float()
 
 
-RIVALS = {"transformers_bf16": original, "transformers_fp32": single_precision}
+@lru_cache(maxsize=1)
+def folded(shape: str) -> nn.Module:
+    """The original, with this package's attention and cache: what 4 bits alone are worth."""
+    model = _sharing(original(shape))
+    attention.use(model)
+    return model
+
+
+RIVALS = {
+    "transformers_bf16": original,
+    "transformers_bf16_folded": folded,
+    "transformers_fp32": single_precision,
+}
+"""The second tells how much of a difference is not the linears'."""
 
 
 def prepare(case: Case, selection: Selection) -> Prepared:
@@ -150,7 +172,24 @@ def prepare(case: Case, selection: Selection) -> Prepared:
                     notes={"tokens": tokens(case)},
                 )
             )
-    return Prepared(subjects, {name: make(model(shape), case) for name, model in RIVALS.items()})
+    rivals, absent = {}, {}
+    for name, model in RIVALS.items():
+        if (seconds := _estimate(model(shape), case)) > MOST_S:
+            absent[f"{name} at ctx {case['ctx']}"] = f"a prefill takes some {seconds:.0f} s"
+        else:
+            rivals[name] = make(model(shape), case)
+    return Prepared(subjects, rivals, absent=absent)
+
+
+def _estimate(model: nn.Module, case: Case) -> float:
+    """Seconds that a prefill takes at least, from a short one; 0 for a decode step."""
+    if case["phase"] == "decode" or case["ctx"] <= PROBE_TOKENS:
+        return 0.0
+    call = _prefill(model, case | {"ctx": PROBE_TOKENS})
+    call(0)
+    before = time.perf_counter()
+    call(1)
+    return (time.perf_counter() - before) * case["ctx"] / PROBE_TOKENS
 
 
 def tokens(case: Case) -> int:
@@ -199,7 +238,8 @@ def _decode(model: nn.Module, case: Case) -> Call:
     from transformers import DynamicCache
 
     ids, ctx, c = _tokens(model, case["B"], 1), case["ctx"], model.config
-    cache = DynamicCache(config=c)
+    ours = c._attn_implementation == attention.NAME
+    cache = growing_cache(c) if ours else DynamicCache(config=c)
     shape = case["B"], c.num_key_value_heads, ctx, c.head_dim
     for layer in range(c.num_hidden_layers):
         kv = torch.randn(2, *shape, dtype=model.dtype)
@@ -231,4 +271,6 @@ def family(device: str) -> Family | None:
             "recipe": list(RECIPES),
         },
         [*RECIPES, *RIVALS],
+        FEWEST,
+        MOST_S,
     )

@@ -25,6 +25,7 @@ COLORS = {
     "onnxruntime": "#000000",
     "openvino": "#7f7f7f",
     "transformers_bf16": "#0072b2",
+    "transformers_bf16_folded": "#009e73",
     "transformers_fp32": "#56b4e9",
 }
 """By who ran; colours that the colour-blind tell apart."""

@@ -17,7 +17,7 @@ import torch
 from tessella.bench import BenchError, ceilings
 from tessella.bench.ceilings import Ceilings
 from tessella.bench.records import Record
-from tessella.bench.timing import BUDGET_S, REPS, Call, Timing, time_cpu, time_cuda
+from tessella.bench.timing import BUDGET_S, FEWEST, MOST_S, REPS, Call, Timing, time_cpu, time_cuda
 
 Case = dict[str, Any]
 
@@ -76,6 +76,7 @@ class Family:
         prepare: builds a case (with "threads" on a CPU) and the calls in it, for a selection.
         values: every key that tells records apart, and its possible values.
         calls: names of all subjects and rivals that a case can have.
+        fewest, most_s: samples of a call at least, and seconds that one may take at most.
     """
 
     name: str
@@ -84,6 +85,8 @@ class Family:
     prepare: Callable[[Case, Selection], Prepared]
     values: Mapping[str, Sequence[Any]]
     calls: Sequence[str]
+    fewest: int = FEWEST
+    most_s: float = MOST_S
 
 
 class Selection:
@@ -176,9 +179,10 @@ def measure(
         times = time_cuda(calls, reps=settings.reps)
     else:
         share = settings.budget_s / (len(calls) + len(prepared.apart))
-        times = time_cpu(calls, reps=settings.reps, budget_s=share * len(calls))
+        rules = {"reps": settings.reps, "fewest": family.fewest, "most_s": family.most_s}
+        times = time_cpu(calls, budget_s=share * len(calls), **rules)
         for name, call in prepared.apart.items():
-            times |= time_cpu({name: call}, reps=settings.reps, budget_s=share)
+            times |= time_cpu({name: call}, budget_s=share, **rules)
     named = [*prepared.rivals, *prepared.apart]
     too_slow = [name for name in named if name not in times]
     rivals = {name: times[name] for name in named if name in times}
@@ -190,6 +194,7 @@ def measure(
             record = _record(family, s, full, times, rivals, limits)
             if too_slow:
                 record.extra["too_slow"] = too_slow
+                record.extra["most_s"] = family.most_s
             if prepared.absent:
                 record.extra["absent"] = dict(prepared.absent)
             yield record

@@ -189,7 +189,8 @@ def _notes(records: Sequence[Record], shown: Sequence[str], rows: list[list[str]
     if absent:
         notes.append("Not run: " + "; ".join(f"{b} ({why})" for b, why in absent.items()) + ".")
     if any(cell == "too slow" for row in rows for cell in row):
-        notes.append("Too slow: one call takes more than five seconds.")
+        most = max(r["extra"].get("most_s", 0) for r in records)
+        notes.append(f"Too slow: one call takes more than {most:.0f} seconds.")
     if any(MARK in cell for row in rows for cell in row):
         notes.append(MARK_NOTE)
     return notes

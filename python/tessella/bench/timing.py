@@ -20,6 +20,9 @@ FEWEST = 5
 MOST_S = 5.0
 """A variant whose single call takes longer is not measured."""
 
+LONG_S = 10.0
+"""A call that takes longer needs no warm-up: its first run counts."""
+
 BUDGET_S = 30.0
 """Seconds for the samples of all variants of a case together."""
 
@@ -64,23 +67,33 @@ Call = Callable[[int], object]
 
 
 def sample_counts(
-    seconds: Mapping[str, float], *, reps: int = REPS, budget_s: float = BUDGET_S
+    seconds: Mapping[str, float],
+    *,
+    reps: int = REPS,
+    budget_s: float = BUDGET_S,
+    fewest: int = FEWEST,
+    most_s: float = MOST_S,
 ) -> dict[str, int]:
     """Samples of each variant, given the seconds that one call of it takes.
 
     Every variant has the same share of the budget: `reps` samples if they fit in, else as many as
-    do, but :data:`FEWEST`. A variant over :data:`MOST_S` is left out.
+    do, but `fewest`. A variant over `most_s` is left out.
     """
     share = budget_s / max(len(seconds), 1)
     return {
-        name: max(min(FEWEST, reps), min(reps, int(share / max(s, 1e-9))))
+        name: max(min(fewest, reps), min(reps, int(share / max(s, 1e-9))))
         for name, s in seconds.items()
-        if s <= MOST_S
+        if s <= most_s
     }
 
 
 def time_cpu(
-    variants: Mapping[str, Call], *, reps: int = REPS, budget_s: float = BUDGET_S
+    variants: Mapping[str, Call],
+    *,
+    reps: int = REPS,
+    budget_s: float = BUDGET_S,
+    fewest: int = FEWEST,
+    most_s: float = MOST_S,
 ) -> dict[str, Timing]:
     """Time variants interleaved, one call each a round, after a warm-up.
 
@@ -89,15 +102,14 @@ def time_cpu(
     rounds, evenly spread. The result lacks variants that are too slow to measure.
     """
     calls = {name: _counted(call) for name, call in variants.items()}
-    counts = sample_counts(
-        {name: _warm_up(call) for name, call in calls.items()}, reps=reps, budget_s=budget_s
-    )
-    samples: dict[str, list[float]] = {name: [] for name in counts}
+    seconds = {name: _warm_up(call, most_s) for name, call in calls.items()}
+    counts = sample_counts(seconds, reps=reps, budget_s=budget_s, fewest=fewest, most_s=most_s)
+    samples = {name: [seconds[name] * 1e6] if seconds[name] > LONG_S else [] for name in counts}
     order, shuffle = list(counts.items()), random.Random(0).shuffle
     for i in range(reps):
         shuffle(order)
         for name, n in order:
-            if (i + 1) * n // reps > i * n // reps:
+            if (i + 1) * n // reps > i * n // reps and len(samples[name]) < n:
                 samples[name].append(calls[name]() * 1e6)
     return {name: summarise(s) for name, s in samples.items()}
 
@@ -116,10 +128,10 @@ def _counted(call: Call) -> Callable[[], float]:
     return run
 
 
-def _warm_up(call: Callable[[], float]) -> float:
-    """Seconds of a call, the first one left out unless it is very slow already."""
+def _warm_up(call: Callable[[], float], most_s: float) -> float:
+    """Seconds of a call; of a short one not the first."""
     first = call()
-    return first if first > MOST_S else min(first, call())
+    return first if first > min(LONG_S, most_s) else min(first, call())
 
 
 def time_cuda(

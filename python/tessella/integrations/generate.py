@@ -96,6 +96,7 @@ def generate(
             attention_mask=torch.ones_like(ids_1S),
             max_new_tokens=max_new_tokens,
             pad_token_id=_pad_id(model, tokenizer),
+            past_key_values=_cache(model),
             streamer=streamer,
             **sampling,
         )
@@ -169,6 +170,15 @@ def _check_room(model: nn.Module, prompt_tokens: int, max_new_tokens: int) -> No
             f"generate: prompt of {prompt_tokens} tokens and {max_new_tokens} new ones: "
             f"expected at most the model's {positions} positions"
         )
+
+
+def _cache(model: nn.Module):
+    """One that grows in place for a converted model; None: what the model would take itself."""
+    from tessella.integrations import attention
+    from tessella.integrations.cache import growing_cache
+
+    ours = getattr(model.config, "_attn_implementation", None) == attention.NAME
+    return growing_cache(model.config) if ours else None
 
 
 def _pad_id(model: nn.Module, tokenizer) -> int:

@@ -123,12 +123,15 @@ class TessellaQuantizer(HfQuantizer):
         return model
 
     def _process_model_after_weight_loading(self, model, **kwargs):
+        from tessella.integrations import attention  # transformers may be half imported above
+
         if (getattr(model, "_tp_size", None) or 1) > 1:
             raise CheckpointError("tessella: tensor parallelism is not supported, got a tp_plan")
         for module, name in self._names.items():
             staged = model.get_submodule(module)
             model.set_submodule(module, staged.finish(self._stored, name))
         fuse(model)
+        attention.use(model)
         return model
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
