@@ -244,10 +244,10 @@ def test_an_interrupt_leaves_no_output_and_can_be_resumed(tmp_path):
     model, out, partial = (tmp_path / n for n in ("model", "out", "out.partial"))
     config = LlamaConfig(
         vocab_size=64,
-        hidden_size=512,
-        intermediate_size=1536,
-        num_hidden_layers=16,
-        num_attention_heads=8,
+        hidden_size=256,
+        intermediate_size=768,
+        num_hidden_layers=64,
+        num_attention_heads=4,
         tie_word_embeddings=True,
     )
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(model)
@@ -260,7 +260,7 @@ def test_an_interrupt_leaves_no_output_and_can_be_resumed(tmp_path):
     )
     try:
         deadline = time.monotonic() + 120
-        while process.poll() is None and len(list(partial.glob("*.safetensors"))) < 2:
+        while process.poll() is None and len(list(partial.glob("*.safetensors"))) < 1:
             assert time.monotonic() < deadline, "no shard was written"
             time.sleep(0.01)
         process.send_signal(signal.SIGINT)
@@ -270,10 +270,10 @@ def test_an_interrupt_leaves_no_output_and_can_be_resumed(tmp_path):
     assert process.returncode == 1, stderr
     assert stdout == "" and "interrupted" in stderr and "Traceback" not in stderr
     assert not out.exists()
-    assert len(list(partial.glob("*.safetensors"))) < 17
+    assert len(list(partial.glob("*.safetensors"))) < 65
 
     answer = answer_of(run("quantize", model, out, "--resume", "--json"))
-    assert len(answer["layers"]) == 16 * 7
+    assert len(answer["layers"]) == 64 * 7
     assert (out / "config.json").exists() and not partial.exists()
 
 

@@ -8,7 +8,7 @@ from safetensors import safe_open
 
 from command import answer_of, refused, run, run_process
 from tessella import _native
-from tessella.cli import demo, measure
+from tessella.cli import demo, loading, measure
 from tessella.formats import W4Weight
 
 LINEARS = 42
@@ -48,7 +48,9 @@ def test_the_demo(tmp_path):
         compiled = {name for names in _native._C.kernels().values() for name in names}
         assert answer["kernels"].keys() <= compiled
 
-    kept = run("generate", tmp_path / "kept", "--prompt", demo.BOS + demo.PROMPT, "--json")
+    dtype = ("--dtype", loading.throughput_dtype(loading.Device.cpu).value)  # as the demo's
+    prompt = ("--prompt", demo.BOS + demo.PROMPT)
+    kept = run("generate", tmp_path / "kept", *prompt, *dtype, "--json")
     text = answer_of(kept)["text"]
     assert text.startswith(answer["completion"])
 

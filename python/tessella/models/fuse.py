@@ -57,7 +57,7 @@ class RMSNormQuant(nn.Module):
             None,
         )
         y = y_MK.view(hidden_states.shape)
-        share(y, self.k8, self.granularity, blocks)
+        share(y, self.k8, self.granularity, blocks, constant=True)  # read by known linears only
         return y
 
     def extra_repr(self) -> str:

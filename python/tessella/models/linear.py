@@ -16,14 +16,18 @@ _act_quant = torch.ops.tessella.act_quant.default
 _w4ax_gemm = torch.ops.tessella.w4ax_gemm.default
 
 
-def share(x: Tensor, k8: int, granularity: str, blocks: Sequence[Tensor]) -> None:
+def share(
+    x: Tensor, k8: int, granularity: str, blocks: Sequence[Tensor], *, constant: bool = False
+) -> None:
     """Keep the ActBlocks of `x` with it, for the next linear that reads the same tensor.
 
     The tensor's version counter tells if it was changed in place since. Inference tensors have
-    none, and compiled graphs cannot carry the note: there nothing is kept.
+    none: there the note is kept only when the caller knows that nobody changes x (`constant`).
+    Compiled graphs cannot carry it.
     """
-    if not (torch.compiler.is_compiling() or x.is_inference()):
-        x._tessella_blocks = (x._version, k8, granularity, blocks)
+    if torch.compiler.is_compiling() or (x.is_inference() and not constant):
+        return
+    x._tessella_blocks = (_version(x), k8, granularity, blocks)
 
 
 def shared(x: Tensor, k8: int, granularity: str) -> Sequence[Tensor] | None:
@@ -31,9 +35,13 @@ def shared(x: Tensor, k8: int, granularity: str) -> Sequence[Tensor] | None:
     if torch.compiler.is_compiling():
         return None
     note = getattr(x, "_tessella_blocks", None)
-    if note is None or note[:3] != (x._version, k8, granularity):
+    if note is None or note[:3] != (_version(x), k8, granularity):
         return None
     return note[3]
+
+
+def _version(x: Tensor) -> int:
+    return -1 if x.is_inference() else x._version
 
 
 class W4AxLinear(nn.Module):
