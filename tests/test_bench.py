@@ -366,6 +366,14 @@ def test_missing_rivals_are_explained():
     assert any("more than 5 seconds" in n for n in t.notes)
 
 
+def test_text_is_aligned():
+    t = tables.Table(
+        "title", ["M", "vs torch_bf16"], [["16", "3.00x"], ["512", "11.00x"]], ["note"]
+    )
+    lines = ["title", "         vs", "      torch", "  M    bf16", " 16   3.00x", "512  11.00x"]
+    assert t.text() == "\n".join([*lines, "note"])
+
+
 def test_tables_escape_html():
     t = tables.Table("t", ["a<b", "c"], [["1", "<script>"]])
     assert "<script>" not in t.html() and "&lt;script&gt;" in t.html()

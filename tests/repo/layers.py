@@ -25,7 +25,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "quant": _ALGORITHM,
     "mla": _ALGORITHM,
     "testing": _RUNTIME,
-    "bench": _MODELS | {"models", "testing"},
+    "bench": _MODELS | {"models", "integrations", "testing"},
     "models": _MODELS,
     "data": set(),
     "integrations": _MODELS | {"", "models", "data"},

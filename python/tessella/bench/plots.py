@@ -126,14 +126,13 @@ def roofline(records: Sequence[Record], threads: int | None) -> Figure:
     intensity = [r["extra"]["gmacs"] / r["extra"]["gbs"] for r in records]
     low, high = min(intensity) / 2, max(max(intensity), peak / read) * 2
     axes.plot([low, peak / read, high], [low * read, peak, peak], color="#444444", linewidth=1.4)
+    middle = (low * peak / read) ** 0.5
     axes.annotate(
         f"{read:.1f} GB/s read",
-        (low, low * read),
-        (8, 4),
+        (middle, middle * read),
+        (-8, 0),
         textcoords="offset points",
-        rotation=45,
-        rotation_mode="anchor",
-        transform_rotates_text=True,
+        ha="right",
     )
     axes.annotate(
         f"{peak:.0f} GMAC/s", (high, peak), (0, 5), textcoords="offset points", ha="right"
@@ -187,7 +186,7 @@ def speedups(records: Sequence[Record], threads: int | None) -> Figure:
     axes.set_ylabel("time of rival / time of tessella")
     axes.set_title(f"Linear layer against what else there is{_on(threads)}")
     axes.margins(y=0.1)
-    _legend(figure, axes, 4)
+    _legend(figure, axes, 3)
     _clean(axes)
     axes.grid(False, axis="x")
     return figure

@@ -42,6 +42,16 @@ class Table:
         text = "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
         return "\n\n".join([text, *self.notes])
 
+    def text(self) -> str:
+        """As aligned columns; headings stand on as many lines as they have words."""
+        words = [heading.replace("_", " ").split() for heading in self.head]
+        height = max(len(w) for w in words)
+        head = [[""] * (height - len(w)) + w for w in words]
+        lines = [*zip(*head), *self.rows]
+        widths = [max(len(line[i]) for line in lines) for i in range(len(self.head))]
+        rows = ["  ".join(c.rjust(n) for c, n in zip(line, widths)) for line in lines]
+        return "\n".join([self.title, *rows, *self.notes])
+
     def html(self) -> str:
         """As an HTML table with its notes."""
 

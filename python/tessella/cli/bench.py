@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
 
 from tessella.bench.families import FAMILIES
 from tessella.cli.loading import Device, DeviceOption, check_device
@@ -135,28 +134,9 @@ def _run(s: Session, family, settings: Settings, out: Path) -> list[dict[str, An
         for record in suite.run(family, settings, show):
             made.append(record.to_json(stamp))
             records.save(path, made[-1:])
-    s.show(_table(tables.summary(made, family.name)))
+    s.show(tables.summary(made, family.name).text())
     s.note(f"{len(made)} records in {path}")
     return made
-
-
-def _table(t) -> Table:
-    """A table for the terminal."""
-    table = Table(
-        title=t.title,
-        caption="\n".join(t.notes),
-        caption_justify="left",
-        box=None,
-        header_style="bold",
-        pad_edge=False,
-        padding=(0, 1, 0, 0),
-    )
-    for heading in t.head:
-        words = heading.replace("_", "\n").replace(" ", "\n")
-        table.add_column(words, justify="right", no_wrap=True)
-    for row in t.rows:
-        table.add_row(*row)
-    return table
 
 
 @app.command("report")

@@ -67,7 +67,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) 
 
 def _fast_bf16() -> bool:
     """Whether this CPU multiplies bf16 matrices faster than fp32 ones."""
-    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.cpu._is_avx512_bf16_supported()
 
 
 def use(model: nn.Module) -> bool:
