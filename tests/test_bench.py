@@ -3,6 +3,7 @@
 import json
 import math
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -210,6 +211,17 @@ def test_families_agree_with_their_cases(name):
 def test_a_family_without_cases_for_a_device_says_so():
     with pytest.raises(BenchError, match="e2e: has no cases for cuda"):
         families.load("e2e", "cuda")
+
+
+def test_a_device_may_have_a_driver_of_its_own(monkeypatch):
+    made = [Record("toy", "toy.k", {"M": M}, 1.0, 1.0) for M in (1, 2)]
+    module = SimpleNamespace(run=lambda *, quick: iter(made[: 1 if quick else 2]))
+    monkeypatch.setattr(families, "find_spec", lambda name: name == "tessella.bench.toy_cuda")
+    monkeypatch.setattr(families, "import_module", lambda name: module)
+    family = families.load("toy", "cuda")
+    assert list(suite.run(family, settings())) == made
+    assert list(suite.run(family, settings(quick=True))) == made[:1]
+    assert list(suite.run(family, settings("M=2"))) == made[1:]
 
 
 # ---------------------------------------------------------------- what is timed

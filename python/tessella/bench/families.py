@@ -22,14 +22,19 @@ FAMILIES: dict[str, str] = {
 def load(name: str, device: str) -> Family:
     """A family as it is measured on "cpu" or "cuda".
 
-    ``tessella.bench.<name>_<device>`` serves a device whose cases are its own, else
-    ``tessella.bench.<name>`` does; both have ``family(device)``.
+    ``tessella.bench.<name>_<device>`` serves a device whose cases are its own, and has
+    ``run(quick=...)``, a generator of records; else ``family(device)`` of ``tessella.bench.<name>``
+    does.
 
     Raises BenchError when the family has no cases for the device.
     """
     own = f"tessella.bench.{name}_{device}"
-    module = import_module(own if find_spec(own) else f"tessella.bench.{name}")
-    family = module.family(device)
+    if find_spec(own):
+        from tessella.bench.suite import Family
+
+        run = import_module(own).run
+        return Family(name, device, None, None, {}, (), driver=lambda quick: run(quick=quick))
+    family = import_module(f"tessella.bench.{name}").family(device)
     if family is None:
         raise BenchError(f"{name}: has no cases for {device}")
     return family

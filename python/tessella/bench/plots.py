@@ -205,14 +205,14 @@ def end_to_end(records: Sequence[Record]) -> Figure:
             shade = _color(OURS) if "w4a8" in name else _color(name)
             alpha = 0.6 if name.endswith("w4a8") else 1.0
             drawn = axes.bar(*zip(*bars), width * 0.92, color=shade, alpha=alpha, label=name)
-            axes.bar_label(drawn, fmt="{:,.3g}", fontsize=7, padding=1)
+            axes.bar_label(drawn, fmt=_three_digits, fontsize=7, padding=1)
         axes.set_xticks(range(len(threads)), [_threads(t) for t in threads])
         axes.set_title(f"{phase}, context {ctx}")
         axes.set_ylabel("tokens/s")
         axes.margins(y=0.12)
         _clean(axes)
         axes.grid(False, axis="x")
-    _legend(figure, grid[0][0], 2 * min(len(panels), 2))
+    _legend(figure, grid[0][0], 2 if len(panels) < 3 else 5)
     figure.suptitle(f"{records[0]['case']['model']}, random weights (higher is better)")
     return figure
 

@@ -77,16 +77,19 @@ class Family:
         values: every key that tells records apart, and its possible values.
         calls: names of all subjects and rivals that a case can have.
         fewest, most_s: samples of a call at least, and seconds that one may take at most.
+        driver: measures everything itself instead, given whether to be quick; then there are no
+            `cases`, and a selection only drops records.
     """
 
     name: str
     device: str
-    cases: Callable[[bool], list[Case]]
-    prepare: Callable[[Case, Selection], Prepared]
+    cases: Callable[[bool], list[Case]] | None
+    prepare: Callable[[Case, Selection], Prepared] | None
     values: Mapping[str, Sequence[Any]]
     calls: Sequence[str]
     fewest: int = FEWEST
     most_s: float = MOST_S
+    driver: Callable[[bool], Iterator[Record]] | None = None
 
 
 class Selection:
@@ -151,6 +154,9 @@ def run(
 
     `progress` is called with (done, total, case) before each case.
     """
+    if family.driver is not None:
+        yield from (r for r in family.driver(settings.quick) if settings.selection(r.case))
+        return
     cases = selected(family, settings)
     before = torch.get_num_threads()
     limits: dict[int, Ceilings] = {}  # the best that any case of the run has seen
