@@ -257,6 +257,8 @@ def test_an_interrupt_leaves_no_output_and_can_be_resumed(tmp_path):
         stderr=subprocess.PIPE,
         text=True,
         env=environment(),
+        # a shell that starts the tests in the background has interrupts ignored, and so would we
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
         deadline = time.monotonic() + 120
