@@ -33,6 +33,12 @@ inline std::vector<Family> families() {
 #define X(isa) "w4ax_gemm." #isa ".wide",
                    TSL_W4AX_GEMM_WIDE(X)
 #undef X
+#define X(tokens) "w4ax_gemm.sm90.t" #tokens,
+                       TSL_W4AX_GEMM_SM90(X)
+#undef X
+#define X(tile) "w4ax_gemm.sm80." #tile,
+                           TSL_W4AX_GEMM_SM80(X)
+#undef X
        }},
   };
 }

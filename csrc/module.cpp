@@ -8,7 +8,9 @@
 #include "families.h"
 #include "layout/act.h"
 #include "layout/w4.h"
+#include "layout/w4_frag.h"
 #include "w4ax_gemm/plan.h"
+#include "w4ax_gemm/plan_sm90.h"
 
 namespace py = pybind11;
 using namespace tessella;
@@ -64,6 +66,27 @@ static py::dict plan_w4ax_gemm(int64_t M, int64_t N, int64_t K, int threads,
   return d;
 }
 
+static py::dict plan_w4ax_gemm_sm90(int64_t M, int64_t N, int64_t K, const std::string& scheme,
+                                    int sms, int tokens) {
+  const Scheme s = scheme == "channel" ? Scheme::kChannel
+                   : scheme == "g128"  ? Scheme::kGroup
+                                       : Scheme::kTwoLevel;
+  const w4ax_gemm::GpuProblem problem{M, N, round_up(K, 128), s, sms};
+  const w4ax_gemm::Sm90Plan plan = w4ax_gemm::plan_sm90(problem, tokens);
+  py::dict d;
+  d["kernel"] = "w4ax_gemm.sm90.t" + std::to_string(plan.tokens);
+  d["tokens"] = plan.tokens;
+  d["features"] = w4ax_gemm::Sm90Tile{plan.tokens, s}.features();
+  d["stages"] = plan.stages;
+  d["split"] = plan.split;
+  d["share"] = plan.share;
+  d["tiles"] = plan.tiles;
+  d["grid"] = plan.grid;
+  d["smem"] = plan.smem;
+  d["text"] = to_string(problem, plan);
+  return d;
+}
+
 static py::dict measured_ceilings(int threads) {
   CpuCeilings c;
   {
@@ -99,6 +122,15 @@ static void bind_layouts(py::module_& m) {
   m.def("w4_channel_slots", [](const std::string& s, int64_t N, int64_t K, int64_t n) {
     return std::make_pair(panel(s, N, K).channel_scale(n), panel(s, N, K).channel_zero(n));
   });
+  m.def("w4_frag_code_slot", [](const std::string& s, int64_t N, int64_t K, int64_t n, int64_t k) {
+    const layout::Slot slot = layout::W4Frag(panel(s, N, K)).code(n, k);
+    return std::make_pair(slot.byte, slot.shift);
+  });
+  m.def("w4_frag_group_slots",
+        [](const std::string& s, int64_t N, int64_t K, int64_t n, int64_t g) {
+          const layout::W4Frag w(panel(s, N, K));
+          return std::make_pair(w.group_scale(n, g), w.group_zero(n, g));
+        });
   m.def("act_code_slot", [](int64_t M, int64_t K, int64_t K8, int64_t mm, int64_t k) {
     const layout::Slot slot = layout::ActBlocks{M, round_up(K, 128), K8}.code(mm, k);
     return std::make_pair(slot.byte, slot.shift);
@@ -114,6 +146,9 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         "Every compiled kernel: family -> names, as TESSELLA_FORCE takes them.");
   m.def("plan_w4ax_gemm", &plan_w4ax_gemm, py::arg("M"), py::arg("N"), py::arg("K"),
         py::arg("threads") = 1, py::arg("isa") = "", "The plan for one problem on CPU.");
+  m.def("plan_w4ax_gemm_sm90", &plan_w4ax_gemm_sm90, py::arg("M"), py::arg("N"), py::arg("K"),
+        py::arg("scheme") = "twolevel", py::arg("sms") = 132, py::arg("tokens") = 0,
+        "The plan for one problem on Hopper; with `tokens`, of that token tile.");
   m.def("measure_ceilings", &measured_ceilings, py::arg("threads") = 1,
         "Measured read rate and 8-bit dot product rate of this CPU; takes about a second.");
   bind_layouts(m);

@@ -8,12 +8,16 @@ import torch
 from tessella import _native
 
 
+def _has_cuda_kernels() -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key("tessella::act_quant", "CUDA")
+
+
 def pytest_collection_modifyitems(items):
     """GPU tests skip, with a reason, where there is no GPU or no CUDA build."""
     reason = None
     if not torch.cuda.is_available():
         reason = "needs a CUDA GPU"
-    elif not (_native._C and _native._C.build_info()["cuda"]):
+    elif not (_native.HAS_OPS and _has_cuda_kernels()):
         reason = "needs a build with CUDA"
     for item in items:
         if reason and item.get_closest_marker("gpu"):

@@ -75,6 +75,34 @@ def test_python_and_cpp_agree_on_every_slot(scheme, rng):
 
 
 @needs_c
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_python_and_cpp_agree_on_every_fragment_slot(scheme, rng):
+    """The CUDA order of codes, group scales and zeros of a [70, 200] weight."""
+    N, K = 70, 200
+    w = random_weight(scheme, N, K, rng)
+    blob, q = layout.w4_pack_cuda(w), layout.unpack_nibbles(w.codes)
+    assert blob.numel() == _native._C.w4_bytes(scheme, N, K)
+    slots = [
+        [_native._C.w4_frag_code_slot(scheme, N, K, n, k) for k in range(256)] for n in range(N)
+    ]
+    byte, shift = torch.tensor(slots).unbind(2)
+    assert torch.equal((blob[byte].long() >> shift) & 15, q.long())
+    for n in range(N):
+        for g in range(w.zeros.shape[1]) if scheme != "channel" else ():
+            scale, zero = _native._C.w4_frag_group_slots(scheme, N, K, n, g)
+            got = (
+                blob[scale : scale + w.group_scales.element_size()]
+                .clone()
+                .view(w.group_scales.dtype)
+            )
+            assert got == w.group_scales[n, g] and blob[zero] == w.zeros[n, g]
+        if w.channel_scales is not None:
+            scale, zero = _native._C.w4_channel_slots(scheme, N, K, n)
+            assert blob[scale : scale + 4].clone().view(torch.float32) == w.channel_scales[n]
+            assert scheme != "channel" or blob[zero] == w.zeros[n]
+
+
+@needs_c
 def test_act_slots(rng):
     """Every activation code sits where layout/act.h says."""
     M, K, K8 = 3, 300, 128

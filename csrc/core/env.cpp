@@ -56,6 +56,10 @@ static Env read_env() {
   const std::string log = read("TESSELLA_LOG");
   if (!log.empty() && log != "plan") e.error = unknown("TESSELLA_LOG", log, {"plan"});
   e.log_plan = log == "plan";
+  const std::string programmatic = read("TESSELLA_PDL");
+  if (!programmatic.empty() && programmatic != "0" && programmatic != "1")
+    e.error = unknown("TESSELLA_PDL", programmatic, {"0", "1"});
+  e.programmatic = programmatic != "0";
   return e;
 }
 

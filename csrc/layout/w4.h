@@ -79,9 +79,10 @@ struct W4Panel {
 };
 
 // Compile-time proof: codes, scales and zeros of a panel fill its bytes exactly once each.
+template <class Panel>
 constexpr bool fills_panel(Scheme scheme, int64_t G) {
   constexpr int64_t kMost = W4Panel::kCodeBytes + 4 * W4Panel::kN * 3 + W4Panel::kN * 5;
-  const W4Panel w{scheme, W4Panel::kN, W4Panel::kBlockK, G};
+  const Panel w{W4Panel{scheme, W4Panel::kN, W4Panel::kBlockK, G}};
   uint8_t seen[kMost] = {};  // bit 0, 1: low and high nibble
   for (int64_t n = 0; n < w.N; ++n) {
     for (int64_t k = 0; k < w.Kp; ++k) {
@@ -102,10 +103,10 @@ constexpr bool fills_panel(Scheme scheme, int64_t G) {
     if (seen[i] != 3) return false;
   return w.bytes() % 64 == 0;
 }
-static_assert(fills_panel(Scheme::kChannel, 128), "channel: a byte is used twice or not at all");
-static_assert(fills_panel(Scheme::kGroup, 128), "g128: a byte is used twice or not at all");
-static_assert(fills_panel(Scheme::kGroup, 64), "g64: a byte is used twice or not at all");
-static_assert(fills_panel(Scheme::kGroup, 32), "g32: a byte is used twice or not at all");
-static_assert(fills_panel(Scheme::kTwoLevel, 128), "twolevel: a byte is used twice or not at all");
+static_assert(fills_panel<W4Panel>(Scheme::kChannel, 128), "channel: a byte twice or never");
+static_assert(fills_panel<W4Panel>(Scheme::kGroup, 128), "g128: a byte twice or never");
+static_assert(fills_panel<W4Panel>(Scheme::kGroup, 64), "g64: a byte twice or never");
+static_assert(fills_panel<W4Panel>(Scheme::kGroup, 32), "g32: a byte twice or never");
+static_assert(fills_panel<W4Panel>(Scheme::kTwoLevel, 128), "twolevel: a byte twice or never");
 
 }  // namespace tessella::layout

@@ -33,6 +33,8 @@ inline Params check(const char* op, const Tensor& codes8, const Tensor& codes4, 
   Params p{};
   p.granularity = check_granularity(op, granularity);
   p.dtype = check_float(Arg{op, "dtype"}, dtype);
+  if (w.is_cuda() && p.dtype == DType::kF32)
+    refuse(Arg{op, "dtype"}, "bfloat16 or float16 on cuda", "float32");
   if (codes8.dim() != 3 || codes4.dim() != 3)
     refuse(Arg{op, codes8.dim() != 3 ? "codes8" : "codes4"}, "3 dimensions",
            describe(codes8.dim() != 3 ? codes8 : codes4));

@@ -1,15 +1,29 @@
-// Torch entries of w4ax_gemm, w4_pack and w4_unpack on CPU.
+// Torch entries of w4ax_gemm, w4_pack and w4_unpack.
 #include <tuple>
 
+#include "core/build.h"
 #include "core/env.h"
+#include "core/stream.h"
 #include "w4ax_gemm/check.h"
 #include "w4ax_gemm/plan.h"
 
 namespace tessella::w4ax_gemm {
 
-static void run(Params& p, const Tensor& codes4, const Tensor& out) {
+// Runs f(stream) for CUDA tensors on the device of `like`.
+template <class F>
+static void on_gpu(const char* op, const Tensor& like, const F& f) {
+  const torch::stable::accelerator::DeviceGuard guard(like.get_device_index());
+  check_launch(op, f(current_stream(like.get_device_index())));
+}
+
+static void run(const char* op, Params& p, const Tensor& codes4, const Tensor& out) {
   if (p.M == 0) return;
   p.out = out.mutable_data_ptr();
+  if (out.is_cuda()) {
+    p.codes4 = codes4.const_data_ptr<uint8_t>();
+    TSL_IF_CUDA(on_gpu(op, out, [&](void* stream) { return run_cuda(p, stream); });)
+    return;
+  }
   // scratch: INT4 codes as bytes, and code sums of groups smaller than a block
   Tensor x4 = codes4, sums = codes4;
   if (codes4.size(0) > 0) {
@@ -35,7 +49,7 @@ static Tensor w4ax_gemm(const Tensor& codes8, const Tensor& codes4, const Tensor
   Params p =
       check("w4ax_gemm", codes8, codes4, sums, scales, w, scheme, N, granularity, bias, dtype);
   Tensor out = torch::stable::new_empty(codes8, {p.M, N}, dtype);
-  run(p, codes4, out);
+  run("w4ax_gemm", p, codes4, out);
   return out;
 }
 
@@ -46,7 +60,7 @@ static void w4ax_gemm_out(const Tensor& codes8, const Tensor& codes4, const Tens
   Params p = check("w4ax_gemm_out", codes8, codes4, sums, scales, w, scheme, N, granularity, bias,
                    out.scalar_type());
   check_tensor(Arg{"w4ax_gemm_out", "out"}, out, out.scalar_type(), {p.M, N}, w);
-  run(p, codes4, out);
+  run("w4ax_gemm_out", p, codes4, out);
 }
 
 // Two-level bytes q * s1 + a must not pass 255; only a malformed weight can.
@@ -94,9 +108,14 @@ static Tensor w4_pack(const Tensor& codes, const std::optional<Tensor>& channel_
                  {N, Kp / panel.G}, codes);
     c.group_scales = group_scales->mutable_data_ptr();
   }
-  if (two) check_two_level(panel, c);
+  if (two && !codes.is_cuda()) check_two_level(panel, c);  // on CUDA it would synchronise
   Tensor out = torch::stable::new_empty(codes, {panel.bytes()}, ScalarType::Byte);
-  pack_panels(c, panel, out.mutable_data_ptr<uint8_t>());
+  auto* to = out.mutable_data_ptr<uint8_t>();
+  if (codes.is_cuda()) {
+    TSL_IF_CUDA(on_gpu(op, out, [&](void* stream) { return pack_cuda(c, panel, to, stream); });)
+  } else {
+    pack_panels(c, panel, to);
+  }
   return out;
 }
 
@@ -118,9 +137,14 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor> w4_unpack(const Tensor& w,
                             ? make({0}, ScalarType::Half)
                             : make({N, Kp / panel.G}, two ? ScalarType::Byte : ScalarType::Half);
   Tensor zeros = channel ? make({N}, ScalarType::Byte) : make({N, Kp / panel.G}, ScalarType::Byte);
-  unpack_panels(w.const_data_ptr<uint8_t>(), panel,
-                {codes.mutable_data_ptr<uint8_t>(), channel_scales.mutable_data_ptr<float>(),
-                 group_scales.mutable_data_ptr(), zeros.mutable_data_ptr<uint8_t>()});
+  const Canonical c{codes.mutable_data_ptr<uint8_t>(), channel_scales.mutable_data_ptr<float>(),
+                    group_scales.mutable_data_ptr(), zeros.mutable_data_ptr<uint8_t>()};
+  const auto* from = w.const_data_ptr<uint8_t>();
+  if (w.is_cuda()) {
+    TSL_IF_CUDA(on_gpu("w4_unpack", w, [&](void* s) { return unpack_cuda(from, panel, c, s); });)
+  } else {
+    unpack_panels(from, panel, c);
+  }
   return {codes, channel_scales, group_scales, zeros};
 }
 
@@ -130,5 +154,11 @@ STABLE_TORCH_LIBRARY_IMPL(tessella, CPU, m) {
   m.impl("w4_pack", TORCH_BOX(&w4_pack));
   m.impl("w4_unpack", TORCH_BOX(&w4_unpack));
 }
+TSL_IF_CUDA(STABLE_TORCH_LIBRARY_IMPL(tessella, CUDA, m) {
+  m.impl("w4ax_gemm", TORCH_BOX(&w4ax_gemm));
+  m.impl("w4ax_gemm_out", TORCH_BOX(&w4ax_gemm_out));
+  m.impl("w4_pack", TORCH_BOX(&w4_pack));
+  m.impl("w4_unpack", TORCH_BOX(&w4_unpack));
+})
 
 }  // namespace tessella::w4ax_gemm

@@ -14,13 +14,14 @@
 namespace tessella::w4ax_gemm {
 
 struct Params {
-  const int8_t* x8;     // [K8/128][M][128]
-  const int8_t* x4;     // [(Kp-K8)/128][M][128]: INT4 codes widened to bytes by the caller
-  const int32_t* sums;  // [Kp/G][M]: sums of the codes of each weight group (channel: each block)
-  const float* scales;  // [M] | [2][M] | [Kp/128][M]
-  const uint8_t* w;     // panels, layout/w4.h
-  const void* bias;     // [N] of `dtype`, or null
-  void* out;            // [M][N] of `dtype`
+  const int8_t* x8;       // [K8/128][M][128]
+  const int8_t* x4;       // [(Kp-K8)/128][M][128]: INT4 codes widened to bytes by the caller
+  const uint8_t* codes4;  // CUDA instead: [(Kp-K8)/128][M][64], as ActBlocks have them
+  const int32_t* sums;    // [Kp/G][M]: sums of the codes of each weight group (channel: each block)
+  const float* scales;    // [M] | [2][M] | [Kp/128][M]
+  const uint8_t* w;       // panels, layout/w4.h (CPU) or layout/w4_frag.h (CUDA)
+  const void* bias;       // [N] of `dtype`, or null
+  void* out;              // [M][N] of `dtype`
   int64_t M, K8;
   layout::W4Panel panel;  // N, Kp, G, scheme
   DType dtype;
@@ -39,6 +40,12 @@ struct Plan;
 // CPU: torch threads over (panel, row chunk). Throws std::runtime_error on a bad TESSELLA_FORCE.
 void run_cpu(const Params& p, const Plan& plan);
 
+// CUDA: these run on the stream `stream` and return a cudaError_t as int; `sums` are per block.
+// They throw std::runtime_error when TESSELLA_FORCE names a kernel that cannot run this problem.
+int run_cuda(const Params& p, void* stream);
+struct Sm90Plan;
+int run_sm90(const Params& p, const Sm90Plan& plan, bool programmatic, void* stream);
+
 // x4 [blocks][M][128] from codes4 [blocks][M][64]; sums [Kp/G][M] for groups smaller than a block.
 void widen_int4(const uint8_t* codes4, int64_t rows, int8_t* out);
 void sum_groups(const Params& p, int32_t* sums);
@@ -52,5 +59,7 @@ struct Canonical {
 };
 void pack_panels(const Canonical& c, const layout::W4Panel& panel, uint8_t* out);
 void unpack_panels(const uint8_t* w, const layout::W4Panel& panel, const Canonical& c);
+int pack_cuda(const Canonical& c, const layout::W4Panel& panel, uint8_t* out, void* stream);
+int unpack_cuda(const uint8_t* w, const layout::W4Panel& panel, const Canonical& c, void* stream);
 
 }  // namespace tessella::w4ax_gemm

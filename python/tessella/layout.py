@@ -33,7 +33,7 @@ def unpack_signed_nibbles(b: Tensor) -> Tensor:
 
 
 def w4_cpu_bytes(scheme: str, N: int, K: int) -> int:
-    """Bytes of an [N, K] weight in the CPU panel layout."""
+    """Bytes of an [N, K] weight in the CPU panel layout, and in the CUDA one too."""
     return -(-N // PANEL_N) * (padded_k(K) // BLOCK_K * _block_bytes(scheme) + _tail(scheme))
 
 
@@ -109,3 +109,45 @@ def w4_unpack_cpu(blob: Tensor, scheme: str, N: int, K: int) -> W4Weight:
         group_scales = take(nq, mid, torch.uint8 if two else torch.float16)
         zeros = take(mid, mid + rows * PANEL_N, torch.uint8)
     return W4Weight(codes, channel_scales, group_scales, zeros, scheme, K)
+
+
+def _fragment_index() -> Tensor:
+    """[4096, 2] of the CUDA layout's code bytes: (feature, channel) of each low nibble.
+
+    The high nibble is the same feature's code 16 channels on.
+    """
+    at = torch.arange(PANEL_N * BLOCK_K // 2)
+    row, thread, word, byte = at // 2048, at // 16 % 128, at // 4 % 4, at % 4
+    warp, r, c = thread // 32, thread % 32 // 4, thread % 4
+    n = 16 * warp + r + 8 * (word % 2)
+    k = 32 * (2 * row + word // 2) + 4 * c + byte
+    return torch.stack([n, k], 1)
+
+
+def _pair_order() -> Tensor:
+    """The features of a panel in the order r, r + 8 of each r of each 16-feature slice."""
+    return torch.arange(PANEL_N).view(4, 2, 8).transpose(1, 2).flatten()
+
+
+def w4_pack_cuda(w: W4Weight) -> Tensor:
+    """Canonical weight -> uint8 blob in the fragment layout of csrc/layout/w4_frag.h."""
+    panels, blocks = -(-w.N // PANEL_N), padded_k(w.K) // BLOCK_K
+    n, k = _fragment_index().to(w.codes.device).unbind(1)
+    q = _rows(unpack_nibbles(w.codes), panels)
+    q = q.view(panels, PANEL_N, blocks, BLOCK_K).transpose(1, 2)  # panel, block, n, k
+    parts = [q[:, :, n, k] | (q[:, :, n, k + 16] << 4)]
+    if w.scheme != "channel":
+        order = _pair_order().to(w.codes.device)
+        scales, zeros = (
+            _rows(t, panels).view(panels, PANEL_N, blocks, -1).permute(0, 2, 3, 1)[..., order]
+            for t in (w.group_scales, w.zeros)
+        )
+        if w.scheme == "twolevel":
+            parts.append(_bytes(torch.stack([scales, zeros], -1)))
+        else:
+            parts += [_bytes(scales), _bytes(zeros)]
+    body = torch.cat(parts, 2).flatten(1)
+    tail = [_rows(w.channel_scales, panels).view(torch.uint8).flatten(1)] if _tail(w.scheme) else []
+    if w.scheme == "channel":
+        tail.append(_rows(w.zeros, panels))
+    return torch.cat([body, *tail], 1).flatten()

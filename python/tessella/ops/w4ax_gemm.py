@@ -43,11 +43,31 @@ def w4_pack(w: W4Weight) -> PackedW4:
     """Shuffle a canonical weight into the order its device's kernels stream.
 
     CPU: panels of 64 out features, one sequential stream of codes and scales (csrc/layout/w4.h).
+    CUDA: the same panels in the order of tensor-core fragments (csrc/layout/w4_frag.h).
+
+    Raises:
+        RuntimeError or ValueError: tensors that do not fit each other; two-level bytes over 255.
     """
+    if w.codes.is_cuda and w.scheme == "twolevel":
+        _check_two_level(w)  # the CPU op does this itself
     blob = torch.ops.tessella.w4_pack(
         w.codes, w.channel_scales, w.group_scales, w.zeros, w.scheme, w.K
     )
     return PackedW4(blob, w.scheme, w.N, w.K)
+
+
+def _check_two_level(w: W4Weight) -> None:
+    """Raise ValueError where a byte q * s1 + a passes 255: it would carry into its neighbour."""
+    s1, a = w.group_scales.int(), w.zeros.int()
+    if not bool((15 * s1 + a > 255).any()):
+        return
+    most = layout.unpack_nibbles(w.codes).view(w.N, -1, 128).amax(2).int() * s1 + a
+    row, group = divmod(int(most.argmax()), most.shape[1])
+    if (byte := int(most[row, group])) > 255:
+        raise ValueError(
+            "tessella::w4_pack: group_scales: expected q * s1 + a <= 255 "
+            f"(row {row}, group {group}), got {byte}"
+        )
 
 
 def w4_unpack(p: PackedW4) -> W4Weight:

@@ -1,0 +1,84 @@
+// Launch of the Hopper bodies; compiled for sm_90a only.
+#include <cuda_runtime.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "w4ax_gemm/sm90.cuh"
+
+#include "cuda/tensor_map.h"
+#include "w4ax_gemm/kernels.h"
+#include "w4ax_gemm/params.h"
+
+namespace tessella::w4ax_gemm {
+
+using Kernel = void(const CUtensorMap, const sm90::Args);
+
+template <int kTokens>
+static Kernel* kernel_of(Scheme scheme) {
+  if (scheme == Scheme::kChannel) return &sm90::gemm<sm90::Tile<Scheme::kChannel, kTokens>>;
+  if (scheme == Scheme::kTwoLevel) return &sm90::gemm<sm90::Tile<Scheme::kTwoLevel, kTokens>>;
+  if constexpr (kTokens <= 128) return &sm90::gemm<sm90::Tile<Scheme::kGroup, kTokens>>;
+  return nullptr;
+}
+
+static Kernel* kernel_of(Scheme scheme, int tokens) {
+#define X(kTokens) \
+  if (tokens == kTokens) return kernel_of<kTokens>(scheme);
+  TSL_W4AX_GEMM_SM90_TILES(X)
+#undef X
+  return nullptr;
+}
+
+static sm90::Args arguments(const Params& p, const Sm90Plan& plan) {
+  const Sm90Tile tile{plan.tokens, p.panel.scheme};
+  sm90::Args a{};
+  a.w = p.w;
+  a.sums = p.sums;
+  a.scales = p.scales;
+  a.bias = p.bias;
+  a.out = p.out;
+  a.panel_bytes = p.panel.panel_bytes();
+  a.M = p.M;
+  a.N = int(p.panel.N);
+  a.blocks = int(p.panel.blocks());
+  a.panels = int(p.panel.panels());
+  a.token_tiles = int(ceil_div(p.M, plan.tokens));
+  a.feature_tiles = int(ceil_div(p.panel.N, tile.features() * plan.share));
+  a.tiles = plan.tiles;
+  a.stages = plan.stages;
+  a.split = plan.split;
+  a.share = plan.share;
+  a.dtype = p.dtype;
+  a.vector = p.panel.N % 8 == 0 && reinterpret_cast<uintptr_t>(p.out) % 16 == 0;
+  return a;
+}
+
+int run_sm90(const Params& p, const Sm90Plan& plan, bool programmatic, void* stream) {
+  Kernel* kernel = kernel_of(p.panel.scheme, plan.tokens);
+  const Sm90Tile tile{plan.tokens, p.panel.scheme};
+  // codes8 [K/128][M][128], a box of one block's codes of the tile's tokens
+  CUtensorMap map;
+  const int error =
+      cuda::tensor_map_bytes3(&map, p.x8, {128, p.M, p.panel.blocks()}, plan.tokens / plan.share);
+  if (error != 0) return error;
+  const cudaError_t attribute =
+      cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                           cudaFuncAttributeMaxDynamicSharedMemorySize, plan.smem);
+  if (attribute != cudaSuccess) return int(attribute);
+  cudaLaunchAttribute attributes[2];
+  attributes[0].id = cudaLaunchAttributeClusterDimension;
+  attributes[0].val.clusterDim = {unsigned(plan.split * plan.share), 1, 1};
+  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[1].val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(unsigned(plan.grid));
+  config.blockDim = dim3(unsigned(tile.threads()));
+  config.dynamicSmemBytes = size_t(plan.smem);
+  config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = attributes;
+  config.numAttrs = programmatic ? 2 : 1;
+  return int(cudaLaunchKernelEx(&config, kernel, map, arguments(p, plan)));
+}
+
+}  // namespace tessella::w4ax_gemm
