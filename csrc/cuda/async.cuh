@@ -66,14 +66,25 @@ __device__ __forceinline__ void copy_box(uint32_t to, const CUtensorMap* map, in
       : "memory");
 }
 
-// The same to this place in blocks 0 and 1 of the cluster, each completing on its own barrier.
-__device__ __forceinline__ void copy_box_to_pair(uint32_t to, const CUtensorMap* map, int x, int y,
-                                                 int z, uint32_t barrier) {
-  asm volatile(
-      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes"
-      ".multicast::cluster [%0], [%1, {%2, %3, %4}], [%5], %6;" ::"r"(to),
-      "l"(map), "r"(x), "r"(y), "r"(z), "r"(barrier), "h"(uint16_t{3})
-      : "memory");
+// --- copies, shared to global
+
+// `bytes` contiguous bytes, a multiple of 16 as are the addresses; part of this thread's group.
+__device__ __forceinline__ void store_bulk(void* to, uint32_t from, uint32_t bytes) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(from),
+               "r"(bytes)
+               : "memory");
+}
+__device__ __forceinline__ void store_commit() {
+  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+}
+// Until at most kPending of this thread's groups have yet to read shared memory.
+template <int kPending>
+__device__ __forceinline__ void store_wait_read() {
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
+}
+// Makes this thread's writes to shared memory visible to copies that start after a barrier.
+__device__ __forceinline__ void fence_for_copies() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
 __device__ __forceinline__ void prefetch_map(const CUtensorMap* map) {
@@ -95,11 +106,8 @@ __device__ __forceinline__ void allow_next_grid() {
 
 // --- clusters
 
+// Promises nothing about memory, but barriers initialised under barrier_init_fence are visible.
 __device__ __forceinline__ void cluster_arrive() {
-  asm volatile("barrier.cluster.arrive.release;" ::: "memory");
-}
-// Without a promise about memory: barriers initialised under barrier_init_fence are visible though.
-__device__ __forceinline__ void cluster_arrive_relaxed() {
   asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
 }
 __device__ __forceinline__ void cluster_wait() {
@@ -112,16 +120,14 @@ __device__ __forceinline__ uint32_t peer_address(uint32_t address, uint32_t rank
   asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(peer) : "r"(address), "r"(rank));
   return peer;
 }
-// One arrival at the same barrier of the cluster's block `rank`.
-__device__ __forceinline__ void peer_arrive(uint32_t barrier, uint32_t rank) {
-  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(peer_address(barrier, rank))
-               : "memory");
-}
-__device__ __forceinline__ void peer_store(uint32_t address, int32_t x, int32_t y, int32_t z,
-                                           int32_t w) {
-  asm volatile("st.shared::cluster.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(x), "r"(y),
-               "r"(z), "r"(w)
-               : "memory");
+// 16 bytes into a peer's shared memory; they complete on a barrier of that peer.
+__device__ __forceinline__ void peer_push(uint32_t address, uint32_t x, uint32_t y, uint32_t z,
+                                          uint32_t w, uint32_t barrier) {
+  asm volatile(
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, "
+      "[%5];" ::"r"(address),
+      "r"(x), "r"(y), "r"(z), "r"(w), "r"(barrier)
+      : "memory");
 }
 
 // --- within a block
@@ -148,6 +154,11 @@ __device__ __forceinline__ uint4 load_shared16(uint32_t address) {
                : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
                : "r"(address)
                : "memory");
+  return v;
+}
+__device__ __forceinline__ uint2 load_shared8(uint32_t address) {
+  uint2 v;
+  asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(address) : "memory");
   return v;
 }
 __device__ __forceinline__ uint32_t load_shared4(uint32_t address) {

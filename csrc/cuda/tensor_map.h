@@ -22,15 +22,17 @@ inline EncodeTiled* tensor_map_encoder() {
   return encoder;
 }
 
-// Bytes [sizes[2]][sizes[1]][sizes[0]], contiguous, in boxes of 1 x `rows` x 128 bytes that lie in
+// Bytes [sizes[2]][sizes[1]][sizes[0]], contiguous, in boxes whose rows of 128 bytes lie in
 // shared memory under the 128-byte swizzle. Returns a cudaError_t.
 inline int tensor_map_bytes3(CUtensorMap* map, const void* data, const int64_t (&sizes)[3],
-                             int rows) {
+                             const int (&box_sizes)[3]) {
   EncodeTiled* const encode = tensor_map_encoder();
   if (encode == nullptr) return int(cudaErrorNotSupported);
   const cuuint64_t dims[3] = {cuuint64_t(sizes[0]), cuuint64_t(sizes[1]), cuuint64_t(sizes[2])};
   const cuuint64_t strides[2] = {dims[0], dims[0] * dims[1]};
-  const cuuint32_t box[3] = {128, cuuint32_t(rows), 1}, steps[3] = {1, 1, 1};
+  const cuuint32_t box[3] = {cuuint32_t(box_sizes[0]), cuuint32_t(box_sizes[1]),
+                             cuuint32_t(box_sizes[2])};
+  const cuuint32_t steps[3] = {1, 1, 1};
   const CUresult made =
       encode(map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 3, const_cast<void*>(data), dims, strides, box,
              steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,

@@ -44,11 +44,12 @@ static sm90::Args arguments(const Params& p, const Sm90Plan& plan) {
   a.blocks = int(p.panel.blocks());
   a.panels = int(p.panel.panels());
   a.token_tiles = int(ceil_div(p.M, plan.tokens));
-  a.feature_tiles = int(ceil_div(p.panel.N, tile.features() * plan.share));
+  a.feature_tiles = int(ceil_div(p.panel.N, tile.features()));
   a.tiles = plan.tiles;
   a.stages = plan.stages;
   a.split = plan.split;
-  a.share = plan.share;
+  for (; 1 << a.split_log2 < plan.split; ++a.split_log2) {
+  }
   a.dtype = p.dtype;
   a.vector = p.panel.N % 8 == 0 && reinterpret_cast<uintptr_t>(p.out) % 16 == 0;
   return a;
@@ -57,10 +58,10 @@ static sm90::Args arguments(const Params& p, const Sm90Plan& plan) {
 int run_sm90(const Params& p, const Sm90Plan& plan, bool programmatic, void* stream) {
   Kernel* kernel = kernel_of(p.panel.scheme, plan.tokens);
   const Sm90Tile tile{plan.tokens, p.panel.scheme};
-  // codes8 [K/128][M][128], a box of one block's codes of the tile's tokens
+  // codes8 [K/128][M][128], a box of one load's codes of the tile's tokens
   CUtensorMap map;
-  const int error =
-      cuda::tensor_map_bytes3(&map, p.x8, {128, p.M, p.panel.blocks()}, plan.tokens / plan.share);
+  const int error = cuda::tensor_map_bytes3(&map, p.x8, {128, p.M, p.panel.blocks()},
+                                            {128, plan.tokens, tile.chunk()});
   if (error != 0) return error;
   const cudaError_t attribute =
       cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
@@ -68,7 +69,7 @@ int run_sm90(const Params& p, const Sm90Plan& plan, bool programmatic, void* str
   if (attribute != cudaSuccess) return int(attribute);
   cudaLaunchAttribute attributes[2];
   attributes[0].id = cudaLaunchAttributeClusterDimension;
-  attributes[0].val.clusterDim = {unsigned(plan.split * plan.share), 1, 1};
+  attributes[0].val.clusterDim = {unsigned(plan.split), 1, 1};
   attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attributes[1].val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};

@@ -6,7 +6,7 @@
 // them to fragment registers (layout/w4_frag.h: 5 operations for 8 two-level codes) and issues 4
 // wgmma, while those of the stage before still run.
 //
-// Warps beside the math ones: a loader that feeds the ring, and one that adds up the tokens' code
+// Warps beside the math ones: loaders that feed the ring, and one that adds up the tokens' code
 // sums. u8 weights leave a zero point in the integer sum (128 for two-level bytes, z for channel
 // codes) times that sum, and both are exact. g128 subtracts z in the registers instead and adds its
 // integer sums to fp32 totals every 128 channels.
@@ -33,8 +33,8 @@ struct Args {
   void* out;
   int64_t panel_bytes, M;
   int N, blocks, panels;
-  int token_tiles, feature_tiles, tiles;  // feature tiles of `share` thread blocks
-  int stages, split, share;
+  int token_tiles, feature_tiles, tiles;
+  int stages, split, split_log2;
   DType dtype;
   bool vector;  // rows of the result are whole, aligned 16-byte vectors
 };
@@ -46,48 +46,48 @@ struct Tile {
   static constexpr Sm90Tile kTile{kT, kS};
   static constexpr int kWarpgroups = kTile.warpgroups(), kMath = kTile.math_threads();
   static constexpr int kThreads = kTile.threads(), kBlocksPerSm = kTile.blocks_per_sm();
-  static constexpr int kBlockBytes = kTile.block_bytes(), kActBytes = kTile.act_bytes();
+  static constexpr int kBlockBytes = kTile.block_bytes(), kChunk = kTile.chunk();
+  // of a stage: kChunk blocks, [blocks][tokens][128] and [warpgroups][blocks][kBlockBytes]
+  static constexpr int kActBytes = kTile.act_bytes(), kWeightBytes = kTile.weight_bytes();
   static constexpr int kColumns = kT / 8, kAcc = kT / 2;  // 8-token columns; accumulators a thread
-  static constexpr int kStaged = kTile.staged_tokens();
+  static constexpr int kStaged = kTile.staged_tokens(), kStagedRow = Sm90Tile::kStagedRow;
+  static constexpr int kStagingBytes = kStaged * kStagedRow;
   static constexpr bool kGroup = kS == Scheme::kGroup;
 };
 
 // Shared memory, by address; offsets follow Sm90Tile::smem_bytes.
 template <class T>
 struct Shared {
-  uint32_t acts, weights, reduce, staging, sums, scales, full, empty, token_full, token_empty;
+  uint32_t acts, weights, reduce, staging, sums, scales, full, empty, token_full, token_empty,
+      reduced;
 
   __device__ Shared(uint32_t base, const Args& a)
       : acts(base),
         weights(acts + a.stages * T::kActBytes),
-        reduce(weights + a.stages * T::kWarpgroups * T::kBlockBytes),
-        staging(reduce + (a.split == 1 ? 0 : reduce_bytes(a.split))),
-        sums(staging + T::kWarpgroups * T::kStaged * 128),
+        reduce(weights + a.stages * T::kWeightBytes),
+        staging(reduce + (a.split == 1 ? 0 : a.split * part_bytes(a))),
+        sums(staging + T::kTile.staging_bytes()),
         scales(sums + T::kTokens * 4),
         full(scales + T::kTokens * 4),
         empty(full + a.stages * 8),
         token_full(empty + a.stages * 8),
-        token_empty(token_full + 8) {}
-  // 8-token columns of an owner, as a power of two.
-  __device__ static int owned_log2(int split) {
-    return split < T::kColumns ? __ffs(T::kColumns / split) - 1 : 0;
+        token_empty(token_full + 8),
+        reduced(token_empty + 8) {}
+  // 8-token columns of an owner, as a power of two, and their bytes.
+  __device__ static int owned_log2(const Args& a) {
+    return a.split < T::kColumns ? __ffs(T::kColumns) - 1 - a.split_log2 : 0;
   }
-  __device__ static int reduce_bytes(int split) {
-    return (split << owned_log2(split)) * T::kMath * 16;
-  }
+  __device__ static int part_bytes(const Args& a) { return T::kMath * 16 << owned_log2(a); }
 };
 
-// This thread block's part of the work.
+// This thread block's part of the work: its cluster's tiles, and its part of their K.
 struct Place {
-  int cluster, clusters, part, member;  // part: of K; member: of the features
+  int cluster, clusters, part;
 
-  __device__ explicit Place(const Args& a) {
-    const int size = a.split * a.share, rank = blockIdx.x % size;
-    cluster = blockIdx.x / size;
-    clusters = gridDim.x / size;
-    part = rank / a.share;
-    member = rank % a.share;
-  }
+  __device__ explicit Place(const Args& a)
+      : cluster(int(blockIdx.x) >> a.split_log2),
+        clusters(int(gridDim.x) >> a.split_log2),
+        part(int(blockIdx.x) & (a.split - 1)) {}
 };
 
 struct Work {
@@ -97,12 +97,15 @@ struct Work {
   // same time stays small enough for L2.
   template <class T>
   __device__ static Work of(const Args& a, const Place& at, int tile) {
-    const int per_group = 8 * a.feature_tiles, first = tile / per_group * 8;
-    const int rows = min(8, a.token_tiles - first), in = tile % per_group;
-    const int feature_tile = in / rows * a.share + at.member;
-    return {(first + in % rows) * T::kTokens, feature_tile * T::kWarpgroups,
-            int(int64_t{a.blocks} * at.part / a.split),
-            int(int64_t{a.blocks} * (at.part + 1) / a.split)};
+    int row = 0, column = tile;
+    if (a.token_tiles > 1) {
+      const int per_group = 8 * a.feature_tiles, first = tile / per_group * 8;
+      const int rows = min(8, a.token_tiles - first), in = tile % per_group;
+      row = first + in % rows;
+      column = in / rows;
+    }
+    return {row * T::kTokens, column * T::kWarpgroups, a.blocks * at.part >> a.split_log2,
+            a.blocks * (at.part + 1) >> a.split_log2};
   }
 };
 
@@ -119,9 +122,10 @@ struct Ring {
   }
 };
 
-// --- loader
+// --- loaders
 
-template <class T>
+// One thread: the weights' copies, the activations' or both. Each announces its bytes on its own.
+template <class T, bool kWeights, bool kActs>
 struct Loader {
   const Args& a;
   const Place& at;
@@ -129,37 +133,44 @@ struct Loader {
   const CUtensorMap* map;
 
   __device__ void weights(const Work& w, int b, int stage) const {
-    const int panels = min(T::kWarpgroups, max(0, a.panels - w.panel));
-    const uint32_t full = s.full + stage * 8;
-    ptx::barrier_arrive_expect(full, T::kActBytes + panels * T::kBlockBytes);
-    for (int i = 0; i < panels; ++i)
-      ptx::copy_bulk(s.weights + (stage * T::kWarpgroups + i) * T::kBlockBytes,
-                     a.w + (w.panel + i) * a.panel_bytes + int64_t{b} * T::kBlockBytes,
-                     T::kBlockBytes, full);
+    const uint32_t full = s.full + stage * 8, to = s.weights + stage * T::kWeightBytes;
+    const uint32_t bytes = min(T::kChunk, w.b1 - b) * T::kBlockBytes;
+    const uint8_t* from = a.w + w.panel * a.panel_bytes + b * T::kBlockBytes;
+    // an odd number of panels leaves the last tile's second warpgroup without one
+    const bool two = T::kWarpgroups == 2 && w.panel + 1 < a.panels;
+    ptx::barrier_arrive_expect(full, two ? 2 * bytes : bytes);
+    ptx::copy_bulk(to, from, bytes, full);
+    if (two) ptx::copy_bulk(to + T::kWeightBytes / 2, from + a.panel_bytes, bytes, full);
   }
   __device__ void acts(const Work& w, int b, int stage) const {
-    const uint32_t full = s.full + stage * 8, to = s.acts + stage * T::kActBytes;
-    if (a.share == 1) return ptx::copy_box(to, map, 0, w.m0, b, full);
-    const int rows = T::kTokens / 2 * at.member;
-    ptx::copy_box_to_pair(to + rows * 128, map, 0, w.m0 + rows, b, full);
+    const uint32_t full = s.full + stage * 8;
+    ptx::barrier_arrive_expect(full, T::kActBytes);
+    ptx::copy_box(s.acts + stage * T::kActBytes, map, 0, w.m0, b, full);
   }
   __device__ void run() const {
     const Work first = Work::of<T>(a, at, at.cluster);
-    const int early = min(a.stages, first.b1 - first.b0);
-    for (int i = 0; i < early; ++i) weights(first, first.b0 + i, i);
-    if (a.share > 1) ptx::cluster_wait();
-    ptx::wait_for_previous_grid();
+    int early = 0;
     Ring ring;
-    for (int i = 0; i < early; ++i, ring.next(a.stages)) acts(first, first.b0 + i, i);
-    int skip = early;
+    if (kWeights)
+#pragma unroll 1
+      for (int b = first.b0; early < a.stages && b < first.b1; ++early, b += T::kChunk)
+        weights(first, b, early);
+    ptx::wait_for_previous_grid();
+    if (kActs && kWeights)
+#pragma unroll 1
+      for (int i = 0; i < early; ++i) acts(first, first.b0 + i * T::kChunk, i);
+#pragma unroll 1
+    for (int i = 0; i < early; ++i) ring.next(a.stages);
+#pragma unroll 1
     for (int tile = at.cluster; tile < a.tiles; tile += at.clusters) {
       const Work w = Work::of<T>(a, at, tile);
-      for (int b = w.b0 + skip; b < w.b1; ++b, ring.next(a.stages)) {
+#pragma unroll 1
+      for (int b = w.b0 + early * T::kChunk; b < w.b1; b += T::kChunk, ring.next(a.stages)) {
         ptx::barrier_wait(s.empty + ring.stage * 8, ring.parity ^ 1);
-        weights(w, b, ring.stage);
-        acts(w, b, ring.stage);
+        if (kWeights) weights(w, b, ring.stage);
+        if (kActs) acts(w, b, ring.stage);
       }
-      skip = 0;
+      early = 0;
     }
   }
 };
@@ -173,6 +184,7 @@ __device__ void token_warp(const Args& a, const Place& at, const Shared<T>& s) {
   ptx::wait_for_previous_grid();
   ptx::allow_next_grid();
   uint32_t parity = 1;
+#pragma unroll 1
   for (int tile = at.cluster; tile < a.tiles; tile += at.clusters, parity ^= 1) {
     const Work w = Work::of<T>(a, at, tile);
     int32_t sum[kEach] = {};
@@ -218,26 +230,34 @@ struct Math {
 
   // This warp has read all it needs of a stage.
   __device__ void release(int stage) const {
-    if (lane != 0) return;
-    const uint32_t empty = s.empty + stage * 8;
-    if (a.share == 1) return ptx::barrier_arrive(empty);
-    for (int i = 0; i < 2; ++i) ptx::peer_arrive(empty, at.part * 2 + i);
+    if (lane == 0) ptx::barrier_arrive(s.empty + stage * 8);
+  }
+  __device__ int before(int stage) const { return stage == 0 ? a.stages - 1 : stage - 1; }
+
+  // This thread's 64 codes of block `i` of a stage, with what belongs to their groups.
+  struct Packed {
+    uint4 codes[2];
+    uint32_t meta, zeros;
+  };
+  __device__ Packed load(int stage, int i) const {
+    const uint32_t from =
+        s.weights + stage * T::kWeightBytes + (warpgroup * T::kChunk + i) * T::kBlockBytes;
+    const uint32_t pair = warp * 8 + r;
+    Packed p;
+    p.codes[0] = ptx::load_shared16(from + thread * 16);
+    p.codes[1] = ptx::load_shared16(from + 2048 + thread * 16);
+    if constexpr (T::kScheme != Scheme::kChannel)
+      p.meta = ptx::load_shared4(from + 4096 + pair * 4);
+    if constexpr (T::kGroup) p.zeros = ptx::load_shared2(from + 4096 + 128 + pair * 2);
+    return p;
   }
 
-  // Fragment registers of the 128 channels in `stage`; for g128 also the scales of both features.
-  __device__ void decode(int stage, uint32_t (&f)[4][4], float (&scale)[2]) const {
-    const uint32_t from = s.weights + (stage * T::kWarpgroups + warpgroup) * T::kBlockBytes;
-    const uint32_t pair = warp * 8 + r;
-    uint32_t meta = 0, zeros = 0;
-    if constexpr (T::kScheme != Scheme::kChannel) meta = ptx::load_shared4(from + 4096 + pair * 4);
-    if constexpr (T::kGroup) {
-      zeros = ptx::load_shared2(from + 4096 + 128 + pair * 2);
-      scale[0] = half_bits(meta & 0xffff);
-      scale[1] = half_bits(meta >> 16);
-    }
+  // Fragment registers of 128 channels.
+  using Fragments = uint32_t[4][4];
+  __device__ void decode(const Packed& p, Fragments& f) const {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const uint4 v = ptx::load_shared16(from + i * 2048 + thread * 16);
+      const uint4 v = p.codes[i];
       const uint32_t words[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
@@ -246,17 +266,19 @@ struct Math {
         if constexpr (T::kScheme == Scheme::kChannel)
           ptx::codes_u8(words[j], to[h], to[h + 2]);
         else if constexpr (T::kGroup)
-          ptx::codes_s8(words[j], ptx::repeat_byte(zeros, h), to[h], to[h + 2]);
+          ptx::codes_s8(words[j], ptx::repeat_byte(p.zeros, h), to[h], to[h + 2]);
         else
-          ptx::two_level_u8(words[j], ptx::byte_of(meta, 2 * h), ptx::repeat_byte(meta, 2 * h + 1),
-                            to[h], to[h + 2]);
+          ptx::two_level_u8(words[j], ptx::byte_of(p.meta, 2 * h),
+                            ptx::repeat_byte(p.meta, 2 * h + 1), to[h], to[h + 2]);
       }
     }
   }
 
-  // Integer sums over one stage; `add` false starts them from zero.
-  __device__ void multiply(int32_t (&acc)[T::kAcc], uint32_t (&f)[4][4], bool add) const {
-    const uint64_t x = ptx::swizzled_rows(s.acts + ring.stage * T::kActBytes);
+  // Integer sums over block `i` of a stage; `add` false starts them from zero.
+  __device__ void multiply(int32_t (&acc)[T::kAcc], const Fragments& f, int stage, int i,
+                           bool add) const {
+    const uint64_t x =
+        ptx::swizzled_rows(s.acts + stage * T::kActBytes + i * (T::kActBytes / T::kChunk));
     ptx::wgmma_fence();
 #pragma unroll
     for (int k = 0; k < 4; ++k)
@@ -264,49 +286,89 @@ struct Math {
     ptx::wgmma_commit();
   }
 
-  // One stage of channel and two-level: its products run on while the next stage is decoded into
-  // the other set of registers.
-  __device__ void step(int32_t (&acc)[T::kAcc], uint32_t (&f)[4][4], bool first) {
-    float unused[2];
+  // Channel and two-level: a block's products run on while the next one is decoded into the other
+  // registers. Everything in the loops is unconditional, or ptxas serialises all wgmma.
+  __device__ void step(int32_t (&acc)[T::kAcc], Fragments& f, bool first) {
     ptx::barrier_wait(s.full + ring.stage * 8, ring.parity);
-    decode(ring.stage, f, unused);
-    multiply(acc, f, !first);
+    decode(load(ring.stage, 0), f);
+    multiply(acc, f, ring.stage, 0, true);
     ptx::wgmma_wait<1>();
-    if (!first) release(ring.stage == 0 ? a.stages - 1 : ring.stage - 1);
+    if (!first) release(before(ring.stage));
     ring.next(a.stages);
   }
-  __device__ void sum_blocks(const Work& w, int32_t (&acc)[T::kAcc]) {
-    uint32_t f[2][4][4];
+  __device__ void sum_single_blocks(const Work& w, int32_t (&acc)[T::kAcc]) {
+    Fragments f[2];
     int b = w.b0;
+#pragma unroll 1
     for (; b + 1 < w.b1; b += 2) {
       step(acc, f[0], b == w.b0);
       step(acc, f[1], false);
     }
-    // a last odd stage in the loop, under a condition, would make ptxas serialise all wgmma
     ptx::wgmma_wait<0>();
     if (b < w.b1) {
       step(acc, f[0], b == w.b0);
       ptx::wgmma_wait<0>();
     }
-    release(ring.stage == 0 ? a.stages - 1 : ring.stage - 1);
+    release(before(ring.stage));
+  }
+  __device__ void sum_chunks(const Work& w, int32_t (&acc)[T::kAcc]) {
+    Fragments f[2];
+    int b = w.b0;
+#pragma unroll 1
+    for (; b + T::kChunk <= w.b1; b += T::kChunk, ring.next(a.stages)) {
+      ptx::barrier_wait(s.full + ring.stage * 8, ring.parity);
+      Packed p = load(ring.stage, 0);
+#pragma unroll
+      for (int i = 0; i < T::kChunk; ++i) {
+        decode(p, f[i % 2]);
+        if (i + 1 < T::kChunk) p = load(ring.stage, i + 1);
+        multiply(acc, f[i % 2], ring.stage, i, true);
+        ptx::wgmma_wait<1>();
+        if (i == 0 && b > w.b0) release(before(ring.stage));
+      }
+    }
+    ptx::wgmma_wait<0>();
+    if (b > w.b0) release(before(ring.stage));
+    if (b == w.b1) return;
+    ptx::barrier_wait(s.full + ring.stage * 8, ring.parity);
+#pragma unroll 1
+    for (int i = 0; b + i < w.b1; ++i) {
+      decode(load(ring.stage, i), f[0]);
+      multiply(acc, f[0], ring.stage, i, true);
+      ptx::wgmma_wait<0>();
+    }
+    release(ring.stage);
+    ring.next(a.stages);
+  }
+  __device__ void sum_blocks(const Work& w, int32_t (&acc)[T::kAcc]) {
+#pragma unroll
+    for (int i = 0; i < T::kAcc; ++i) acc[i] = 0;
+    if constexpr (T::kChunk == 1)
+      sum_single_blocks(w, acc);
+    else
+      sum_chunks(w, acc);
   }
 
-  // g128: the sums of each stage become fp32 at once.
+  // g128: the sums of each block become fp32 at once.
   __device__ void sum_blocks(const Work& w, float (&total)[T::kAcc]) {
     int32_t acc[T::kAcc];
-    uint32_t f[4][4];
-    float scale[2];
+    Fragments f;
 #pragma unroll
     for (int i = 0; i < T::kAcc; ++i) total[i] = 0.f;
-    for (int b = w.b0; b < w.b1; ++b) {
+#pragma unroll 1
+    for (int b = w.b0; b < w.b1; b += T::kChunk, ring.next(a.stages)) {
       ptx::barrier_wait(s.full + ring.stage * 8, ring.parity);
-      decode(ring.stage, f, scale);
-      multiply(acc, f, false);
-      ptx::wgmma_wait<0>();
-      release(ring.stage);
-      ring.next(a.stages);
+#pragma unroll 1
+      for (int i = 0; i < T::kChunk && b + i < w.b1; ++i) {
+        const Packed p = load(ring.stage, i);
+        const float scale[2] = {half_bits(p.meta & 0xffff), half_bits(p.meta >> 16)};
+        decode(p, f);
+        multiply(acc, f, ring.stage, i, false);
+        ptx::wgmma_wait<0>();
 #pragma unroll
-      for (int i = 0; i < T::kAcc; ++i) total[i] += float(acc[i]) * scale[i / 2 % 2];
+        for (int j = 0; j < T::kAcc; ++j) total[j] += float(acc[j]) * scale[j / 2 % 2];
+      }
+      release(ring.stage);
     }
   }
 
@@ -317,19 +379,20 @@ struct Math {
 #pragma unroll
     for (int j = 0; j < T::kColumns; ++j) {
       const int owner = j >> owned;
-      const int slot = ((at.part - owner << owned) + j) * T::kMath + threadIdx.x;
+      const int slot = (((at.part - owner) << owned) + j) * T::kMath + threadIdx.x;
       if (owner != at.part)
-        ptx::peer_store(ptx::peer_address(s.reduce + slot * 16, owner), bits(total[4 * j]),
-                        bits(total[4 * j + 1]), bits(total[4 * j + 2]), bits(total[4 * j + 3]));
+        ptx::peer_push(ptx::peer_address(s.reduce + slot * 16, owner), bits(total[4 * j]),
+                       bits(total[4 * j + 1]), bits(total[4 * j + 2]), bits(total[4 * j + 3]),
+                       ptx::peer_address(s.reduced, owner));
     }
-    ptx::cluster_arrive();
-    ptx::cluster_wait();
+    if (at.part << owned >= T::kColumns) return;
+    ptx::barrier_wait(s.reduced, 0);
 #pragma unroll
     for (int j = 0; j < T::kColumns; ++j) {
       if (j >> owned != at.part) continue;
       Total sum[4] = {};
       for (int part = 0; part < a.split; ++part) {
-        const int slot = ((part - at.part << owned) + j) * T::kMath + threadIdx.x;
+        const int slot = (((part - at.part) << owned) + j) * T::kMath + threadIdx.x;
         const uint4 v = ptx::load_shared16(s.reduce + slot * 16);
         const uint32_t sent[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
@@ -369,94 +432,110 @@ struct Math {
     return f;
   }
 
-  // Takes the zero points out of the sums, and this block's part only: sums[token] covers that.
-  __device__ void fold_zeros(const Features& f, Total (&total)[T::kAcc]) const {
+  // Takes the zero points out of this part's sums.
+  __device__ void fold_zeros(Features& f, Total (&total)[T::kAcc]) const {
     if constexpr (!T::kGroup) {
 #pragma unroll
-      for (int i = 0; i < T::kAcc; ++i) {
-        const uint32_t token = i / 4 * 8 + 2 * c + i % 2;
-        total[i] -= f.zero[i / 2 % 2] * int32_t(ptx::load_shared4(s.sums + token * 4));
+      for (int j = 0; j < T::kColumns; ++j) {
+        const uint2 sum = ptx::load_shared8(s.sums + (j * 8 + 2 * c) * 4);
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          total[4 * j + i] -= f.zero[i / 2] * int32_t(i % 2 ? sum.y : sum.x);
       }
+      f.zero[0] = f.zero[1] = 0;
     }
   }
 
-  // Results of columns from kStaged / 8 * pass on, into shared memory: there a token is a row of 64
-  // features, whose 16-byte pieces are swizzled against bank conflicts.
-  __device__ void stage(const Features& f, int pass, const Total (&total)[T::kAcc]) const {
-    const uint32_t staging = s.staging + warpgroup * T::kStaged * 128;
-    const uint32_t row = lane % 8, piece = warp * 2 + lane / 8 % 2;
+  // Results of kStaged / 8 columns into shared memory, where a token is a row of 64 features.
+  __device__ void stage(const Features& f, int pass, uint32_t staging,
+                        const Total (&total)[T::kAcc]) const {
+    const uint32_t to = staging + lane % 8 * T::kStagedRow + (warp * 2 + lane / 8 % 2) * 16;
 #pragma unroll
     for (int i = 0; i < T::kStaged / 8; ++i) {
       const int j = pass * (T::kStaged / 8) + i;
       const uint32_t token = (j * 8 + 2 * c) * 4;
-      const float s0 = __uint_as_float(ptx::load_shared4(s.scales + token));
-      const float s1 = __uint_as_float(ptx::load_shared4(s.scales + token + 4));
-      uint32_t rows[2];
+      const uint2 scale = ptx::load_shared8(s.scales + token);
+      uint2 sum = make_uint2(0, 0);
+      if constexpr (!T::kGroup) sum = ptx::load_shared8(s.sums + token);
+      float y[4];
 #pragma unroll
-      for (int h = 0; h < 2; ++h)
-        rows[h] = pack2(float(total[4 * j + 2 * h]) * (s0 * f.scale[h]) + f.bias[h],
-                        float(total[4 * j + 2 * h + 1]) * (s1 * f.scale[h]) + f.bias[h], a.dtype);
-      ptx::store_transposed(staging + (i * 8 + row) * 128 + (piece ^ row) * 16, rows[0], rows[1]);
+      for (int e = 0; e < 4; ++e) {
+        Total t = total[4 * j + e];
+        if constexpr (!T::kGroup) t -= f.zero[e / 2] * int32_t(e % 2 ? sum.y : sum.x);
+        y[e] = float(t) * (__uint_as_float(e % 2 ? scale.y : scale.x) * f.scale[e / 2]) +
+               f.bias[e / 2];
+      }
+      ptx::store_transposed(to + i * 8 * T::kStagedRow, pack2(y[0], y[1], a.dtype),
+                            pack2(y[2], y[3], a.dtype));
     }
   }
 
   // Staged rows to memory, as far as there are tokens and features and this block owns them.
-  __device__ void store(const Work& w, int pass, int owned) const {
-    const uint32_t staging = s.staging + warpgroup * T::kStaged * 128;
-    const int n = (w.panel + warpgroup) * 64 + thread % 8 * 8;
-    for (int t = thread / 8; t < T::kStaged; t += 16) {
+  __device__ void store(const Work& w, int pass, uint32_t staging, int owned) const {
+    const int n = (w.panel + warpgroup) * 64;
+    for (int t = thread; t < T::kStaged; t += 128) {
       const int token = pass * T::kStaged + t;
       const int64_t m = w.m0 + token;
-      if (m >= a.M || (a.split > 1 && token / 8 >> owned != at.part)) continue;
-      const uint4 v = ptx::load_shared16(staging + t * 128 + (thread % 8 ^ t % 8) * 16);
+      if (m >= a.M || n >= a.N || (a.split > 1 && token / 8 >> owned != at.part)) continue;
+      const uint32_t row = staging + t * T::kStagedRow, bytes = min(64, a.N - n) * 2;
       uint16_t* to = static_cast<uint16_t*>(a.out) + m * a.N + n;
       if (a.vector) {
-        if (n < a.N) *reinterpret_cast<uint4*>(to) = v;
+        ptx::store_bulk(to, row, bytes);
         continue;
       }
-      const uint32_t pairs[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-      for (int i = 0; i < 8; ++i)
-        if (n + i < a.N) to[i] = uint16_t(pairs[i / 2] >> (i % 2 * 16));
+      for (uint32_t i = 0; i < bytes; i += 2) to[i / 2] = uint16_t(ptx::load_shared2(row + i));
     }
+    ptx::store_commit();
   }
 
   __device__ void tile(const Work& w) {
     Total total[T::kAcc];
     // the first stage is there, so the previous grid is done: everything may be read now
     ptx::barrier_wait(s.full + ring.stage * 8, ring.parity);
-    const Features f = features(w);
+    Features f = features(w);
     sum_blocks(w, total);
     ptx::barrier_wait(s.token_full, token_parity);
     token_parity ^= 1;
-    fold_zeros(f, total);
-    const int owned = Shared<T>::owned_log2(a.split);
+    const int owned = Shared<T>::owned_log2(a);
     if constexpr (T::kTile.most_split() > 1)
-      if (a.split > 1) add_parts(total, owned);
+      if (a.split > 1) {
+        fold_zeros(f, total);
+        add_parts(total, owned);
+      }
+    constexpr int kBuffers = T::kTile.staging_buffers();
 #pragma unroll
     for (int pass = 0; pass < T::kTokens / T::kStaged; ++pass) {
-      stage(f, pass, total);
+      const uint32_t staging =
+          s.staging + (warpgroup * kBuffers + pass % kBuffers) * T::kStagingBytes;
+      ptx::store_wait_read<kBuffers - 1>();
       ptx::named_barrier(1 + warpgroup, 128);
-      store(w, pass, owned);
+      stage(f, pass, staging, total);
+      ptx::fence_for_copies();
       ptx::named_barrier(1 + warpgroup, 128);
+      store(w, pass, staging, owned);
     }
     if (lane == 0) ptx::barrier_arrive(s.token_empty);
   }
 
   __device__ void run() {
+#pragma unroll 1
     for (int t = at.cluster; t < a.tiles; t += at.clusters) tile(Work::of<T>(a, at, t));
+    ptx::store_wait_read<0>();  // copies still read shared memory, which ends with this block
   }
 };
 
 template <class T>
-__device__ void init_barriers(const Args& a, const Shared<T>& s) {
+__device__ void init_barriers(const Args& a, const Place& at, const Shared<T>& s) {
+#pragma unroll 1
   for (int i = 0; i < a.stages; ++i) {
-    ptx::barrier_init(s.full + i * 8, 1);
-    ptx::barrier_init(s.empty + i * 8, T::kMath / 32 * a.share);
+    ptx::barrier_init(s.full + i * 8, 2);
+    ptx::barrier_init(s.empty + i * 8, T::kMath / 32);
   }
   ptx::barrier_init(s.token_full, 32);
   ptx::barrier_init(s.token_empty, T::kMath / 32);
+  ptx::barrier_init(s.reduced, 1);
   ptx::barrier_init_fence();
+  if (a.split > 1) ptx::barrier_arrive_expect(s.reduced, (a.split - 1) * Shared<T>::part_bytes(a));
 }
 
 template <class T>
@@ -466,33 +545,29 @@ __global__ __launch_bounds__(T::kThreads,
   extern __shared__ __align__(1024) uint8_t shared_memory[];
   const Shared<T> s(ptx::shared_address(shared_memory), a);
   const Place at(a);
+  constexpr int kMathWarps = T::kMath / 32;
   const int warp = threadIdx.x / 32;
-  const bool loader = threadIdx.x == T::kMath;
-  if (loader) {
+  const bool first_lane = threadIdx.x % 32 == 0;
+  if (threadIdx.x == T::kMath) {
     ptx::prefetch_map(&map);
-    init_barriers(a, s);
+    init_barriers(a, at, s);
   }
   __syncthreads();
-  // started, barriers ready; waited for before a peer is used
-  if (a.split * a.share > 1) ptx::cluster_arrive_relaxed();
-  if (warp < T::kMath / 32) {
-    if constexpr (T::kTile.moves_registers()) ptx::more_registers<232>();
-    if (a.share > 1) ptx::cluster_wait();
+  if (a.split > 1) ptx::cluster_arrive();  // barriers are ready; peers wait before they push
+  if (warp < kMathWarps) {
+    if constexpr (T::kTile.large()) ptx::more_registers<232>();
     Math<T>(a, at, s).run();
   } else {
-    if constexpr (T::kTile.moves_registers()) ptx::fewer_registers<40>();
-    if (a.share > 1 && !loader) ptx::cluster_wait();
-    if (loader) Loader<T>{a, at, s, &map}.run();
-    if (warp == T::kMath / 32 + 1) token_warp(a, at, s);
-    if (a.split > 1) {  // what the math threads do in add_parts
-      ptx::cluster_wait();
-      ptx::cluster_arrive();
-      ptx::cluster_wait();
+    if constexpr (T::kTile.large()) {
+      ptx::fewer_registers<40>();
+      if (warp == kMathWarps && first_lane) Loader<T, true, false>{a, at, s, &map}.run();
+      if (warp == kMathWarps + 1 && first_lane) Loader<T, false, true>{a, at, s, &map}.run();
+      if (warp == kMathWarps + 2) token_warp(a, at, s);
+    } else {
+      if (warp == kMathWarps && first_lane) Loader<T, true, true>{a, at, s, &map}.run();
+      if (warp == kMathWarps + 1) token_warp(a, at, s);
     }
-  }
-  if (a.share > 1) {  // a peer may still write here
-    ptx::cluster_arrive_relaxed();
-    ptx::cluster_wait();
+    if (a.split > 1) ptx::cluster_wait();
   }
 }
 
