@@ -68,11 +68,12 @@ __device__ __forceinline__ void copy_box(uint32_t to, const CUtensorMap* map, in
 
 // --- copies, shared to global
 
-// `bytes` contiguous bytes, a multiple of 16 as are the addresses; part of this thread's group.
-__device__ __forceinline__ void store_bulk(void* to, uint32_t from, uint32_t bytes) {
-  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(from),
-               "r"(bytes)
-               : "memory");
+// A box of a 2-d tensor map, as far as it lies in range; part of this thread's group.
+__device__ __forceinline__ void store_box(const CUtensorMap* map, int x, int y, uint32_t from) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];" ::"l"(map),
+      "r"(x), "r"(y), "r"(from)
+      : "memory");
 }
 __device__ __forceinline__ void store_commit() {
   asm volatile("cp.async.bulk.commit_group;" ::: "memory");

@@ -22,20 +22,26 @@ inline EncodeTiled* tensor_map_encoder() {
   return encoder;
 }
 
-// Bytes [sizes[2]][sizes[1]][sizes[0]], contiguous, in boxes whose rows of 128 bytes lie in
-// shared memory under the 128-byte swizzle. Returns a cudaError_t.
-inline int tensor_map_bytes3(CUtensorMap* map, const void* data, const int64_t (&sizes)[3],
-                             const int (&box_sizes)[3]) {
+// A contiguous tensor, innermost size first, of elements of `element` bytes (1 or 2), in boxes
+// whose rows of 128 bytes lie in shared memory under the 128-byte swizzle. Returns a cudaError_t.
+template <int kDims>
+int tensor_map(CUtensorMap* map, const void* data, int element, const int64_t (&sizes)[kDims],
+               const int (&box_sizes)[kDims]) {
   EncodeTiled* const encode = tensor_map_encoder();
   if (encode == nullptr) return int(cudaErrorNotSupported);
-  const cuuint64_t dims[3] = {cuuint64_t(sizes[0]), cuuint64_t(sizes[1]), cuuint64_t(sizes[2])};
-  const cuuint64_t strides[2] = {dims[0], dims[0] * dims[1]};
-  const cuuint32_t box[3] = {cuuint32_t(box_sizes[0]), cuuint32_t(box_sizes[1]),
-                             cuuint32_t(box_sizes[2])};
-  const cuuint32_t steps[3] = {1, 1, 1};
+  cuuint64_t dims[kDims], strides[kDims], stride = cuuint64_t(element);
+  cuuint32_t box[kDims], steps[kDims];
+  for (int i = 0; i < kDims; ++i) {
+    dims[i] = cuuint64_t(sizes[i]);
+    strides[i] = stride *= dims[i];  // the last one is not read
+    box[i] = cuuint32_t(box_sizes[i]);
+    steps[i] = 1;
+  }
+  const CUtensorMapDataType type =
+      element == 1 ? CU_TENSOR_MAP_DATA_TYPE_UINT8 : CU_TENSOR_MAP_DATA_TYPE_UINT16;
   const CUresult made =
-      encode(map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 3, const_cast<void*>(data), dims, strides, box,
-             steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+      encode(map, type, kDims, const_cast<void*>(data), dims, strides, box, steps,
+             CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
              CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return made == CUDA_SUCCESS ? 0 : int(cudaErrorInvalidValue);
 }

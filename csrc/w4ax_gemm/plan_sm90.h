@@ -51,12 +51,15 @@ struct Sm90Tile {
   constexpr int reduce_bytes(int split) const {
     return split == 1 ? 0 : split * (tokens / 8 / owners(split)) * math_threads() * 16;
   }
-  // Results pass through two buffers of up to 64 tokens, rows padded against bank conflicts.
-  static constexpr int kStagedRow = 64 * 2 + 16;
+  // Results pass through buffers of up to 64 tokens x 64 features of 2 bytes.
   constexpr int staged_tokens() const { return tokens < 64 ? tokens : 64; }
   constexpr int staging_buffers() const { return tokens > 64 ? 2 : 1; }
   constexpr int staging_bytes() const {
-    return warpgroups() * staging_buffers() * staged_tokens() * kStagedRow;
+    return warpgroups() * staging_buffers() * staged_tokens() * 128;
+  }
+  // Tokens of one copy of results: all staged ones, or what an owner has.
+  constexpr int box_tokens(int split) const {
+    return split == 1 ? staged_tokens() : tokens / owners(split);
   }
   constexpr int fixed_bytes(int split) const {
     return reduce_bytes(split) + staging_bytes() + tokens * 8 + 24;

@@ -12,7 +12,7 @@
 
 namespace tessella::w4ax_gemm {
 
-using Kernel = void(const CUtensorMap, const sm90::Args);
+using Kernel = void(const CUtensorMap, const CUtensorMap, const sm90::Args);
 
 template <int kTokens>
 static Kernel* kernel_of(Scheme scheme) {
@@ -30,7 +30,7 @@ static Kernel* kernel_of(Scheme scheme, int tokens) {
   return nullptr;
 }
 
-static sm90::Args arguments(const Params& p, const Sm90Plan& plan) {
+static sm90::Args arguments(const Params& p, const Sm90Plan& plan, bool programmatic) {
   const Sm90Tile tile{plan.tokens, p.panel.scheme};
   sm90::Args a{};
   a.w = p.w;
@@ -47,6 +47,7 @@ static sm90::Args arguments(const Params& p, const Sm90Plan& plan) {
   a.feature_tiles = int(ceil_div(p.panel.N, tile.features()));
   a.tiles = plan.tiles;
   a.stages = plan.stages;
+  a.early = programmatic ? plan.stages : 1;
   a.split = plan.split;
   for (; 1 << a.split_log2 < plan.split; ++a.split_log2) {
   }
@@ -58,10 +59,13 @@ static sm90::Args arguments(const Params& p, const Sm90Plan& plan) {
 int run_sm90(const Params& p, const Sm90Plan& plan, bool programmatic, void* stream) {
   Kernel* kernel = kernel_of(p.panel.scheme, plan.tokens);
   const Sm90Tile tile{plan.tokens, p.panel.scheme};
-  // codes8 [K/128][M][128], a box of one load's codes of the tile's tokens
-  CUtensorMap map;
-  const int error = cuda::tensor_map_bytes3(&map, p.x8, {128, p.M, p.panel.blocks()},
-                                            {128, plan.tokens, tile.chunk()});
+  const sm90::Args args = arguments(p, plan, programmatic);
+  // codes8 [K/128][M][128], a box of one load's codes of the tile's tokens; the result [M][N]
+  CUtensorMap acts, out{};
+  int error = cuda::tensor_map(&acts, p.x8, 1, {128, p.M, p.panel.blocks()},
+                               {128, plan.tokens, tile.chunk()});
+  if (error == 0 && args.vector)
+    error = cuda::tensor_map(&out, p.out, 2, {p.panel.N, p.M}, {64, tile.box_tokens(plan.split)});
   if (error != 0) return error;
   const cudaError_t attribute =
       cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
@@ -79,7 +83,7 @@ int run_sm90(const Params& p, const Sm90Plan& plan, bool programmatic, void* str
   config.stream = static_cast<cudaStream_t>(stream);
   config.attrs = attributes;
   config.numAttrs = programmatic ? 2 : 1;
-  return int(cudaLaunchKernelEx(&config, kernel, map, arguments(p, plan)));
+  return int(cudaLaunchKernelEx(&config, kernel, acts, out, args));
 }
 
 }  // namespace tessella::w4ax_gemm

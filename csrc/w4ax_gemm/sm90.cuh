@@ -35,6 +35,7 @@ struct Args {
   int N, blocks, panels;
   int token_tiles, feature_tiles, tiles;
   int stages, split, split_log2;
+  int early;  // stages of weights fetched before the previous grid is done
   DType dtype;
   bool vector;  // rows of the result are whole, aligned 16-byte vectors
 };
@@ -50,23 +51,22 @@ struct Tile {
   // of a stage: kChunk blocks, [blocks][tokens][128] and [warpgroups][blocks][kBlockBytes]
   static constexpr int kActBytes = kTile.act_bytes(), kWeightBytes = kTile.weight_bytes();
   static constexpr int kColumns = kT / 8, kAcc = kT / 2;  // 8-token columns; accumulators a thread
-  static constexpr int kStaged = kTile.staged_tokens(), kStagedRow = Sm90Tile::kStagedRow;
-  static constexpr int kStagingBytes = kStaged * kStagedRow;
+  static constexpr int kStaged = kTile.staged_tokens(), kStagingBytes = kStaged * 128;
   static constexpr bool kGroup = kS == Scheme::kGroup;
 };
 
 // Shared memory, by address; offsets follow Sm90Tile::smem_bytes.
 template <class T>
 struct Shared {
-  uint32_t acts, weights, reduce, staging, sums, scales, full, empty, token_full, token_empty,
+  uint32_t acts, staging, weights, reduce, sums, scales, full, empty, token_full, token_empty,
       reduced;
 
   __device__ Shared(uint32_t base, const Args& a)
       : acts(base),
-        weights(acts + a.stages * T::kActBytes),
+        staging(acts + a.stages * T::kActBytes),
+        weights(staging + T::kTile.staging_bytes()),
         reduce(weights + a.stages * T::kWeightBytes),
-        staging(reduce + (a.split == 1 ? 0 : a.split * part_bytes(a))),
-        sums(staging + T::kTile.staging_bytes()),
+        sums(reduce + (a.split == 1 ? 0 : a.split * part_bytes(a))),
         scales(sums + T::kTokens * 4),
         full(scales + T::kTokens * 4),
         empty(full + a.stages * 8),
@@ -153,7 +153,7 @@ struct Loader {
     Ring ring;
     if (kWeights)
 #pragma unroll 1
-      for (int b = first.b0; early < a.stages && b < first.b1; ++early, b += T::kChunk)
+      for (int b = first.b0; early < a.early && b < first.b1; ++early, b += T::kChunk)
         weights(first, b, early);
     ptx::wait_for_previous_grid();
     if (kActs && kWeights)
@@ -220,13 +220,15 @@ struct Math {
   const Args& a;
   const Place& at;
   const Shared<T>& s;
+  const CUtensorMap* out;
   int warpgroup = threadIdx.x / 128, thread = threadIdx.x % 128, warp = thread / 32;
   int lane = threadIdx.x % 32, r = lane / 4, c = lane % 4;
   Ring ring;
   uint32_t token_parity = 0;
 
-  __device__ Math(const Args& args, const Place& place, const Shared<T>& shared)
-      : a(args), at(place), s(shared) {}
+  __device__ Math(const Args& args, const Place& place, const Shared<T>& shared,
+                  const CUtensorMap* result)
+      : a(args), at(place), s(shared), out(result) {}
 
   // This warp has read all it needs of a stage.
   __device__ void release(int stage) const {
@@ -446,10 +448,11 @@ struct Math {
     }
   }
 
-  // Results of kStaged / 8 columns into shared memory, where a token is a row of 64 features.
+  // Results of kStaged / 8 columns into shared memory, where a token is a row of 64 features, whose
+  // 16-byte pieces are swizzled as the copy engine expects it.
   __device__ void stage(const Features& f, int pass, uint32_t staging,
                         const Total (&total)[T::kAcc]) const {
-    const uint32_t to = staging + lane % 8 * T::kStagedRow + (warp * 2 + lane / 8 % 2) * 16;
+    const uint32_t to = staging + lane % 8 * 128 + ((warp * 2 + lane / 8 % 2) ^ lane % 8) * 16;
 #pragma unroll
     for (int i = 0; i < T::kStaged / 8; ++i) {
       const int j = pass * (T::kStaged / 8) + i;
@@ -465,27 +468,27 @@ struct Math {
         y[e] = float(t) * (__uint_as_float(e % 2 ? scale.y : scale.x) * f.scale[e / 2]) +
                f.bias[e / 2];
       }
-      ptx::store_transposed(to + i * 8 * T::kStagedRow, pack2(y[0], y[1], a.dtype),
-                            pack2(y[2], y[3], a.dtype));
+      ptx::store_transposed(to + i * 1024, pack2(y[0], y[1], a.dtype), pack2(y[2], y[3], a.dtype));
     }
   }
 
   // Staged rows to memory, as far as there are tokens and features and this block owns them.
   __device__ void store(const Work& w, int pass, uint32_t staging, int owned) const {
-    const int n = (w.panel + warpgroup) * 64;
-    for (int t = thread; t < T::kStaged; t += 128) {
-      const int token = pass * T::kStaged + t;
-      const int64_t m = w.m0 + token;
-      if (m >= a.M || n >= a.N || (a.split > 1 && token / 8 >> owned != at.part)) continue;
-      const uint32_t row = staging + t * T::kStagedRow, bytes = min(64, a.N - n) * 2;
-      uint16_t* to = static_cast<uint16_t*>(a.out) + m * a.N + n;
-      if (a.vector) {
-        ptx::store_bulk(to, row, bytes);
-        continue;
-      }
-      for (uint32_t i = 0; i < bytes; i += 2) to[i / 2] = uint16_t(ptx::load_shared2(row + i));
+    const int n = (w.panel + warpgroup) * 64, rows = a.split > 1 ? 8 << owned : T::kStaged;
+    const int first = a.split > 1 ? at.part * rows - pass * T::kStaged : 0;
+    if (first < 0 || first >= T::kStaged || n >= a.N) return;
+    const int64_t m0 = w.m0 + pass * T::kStaged + first;
+    const uint32_t from = staging + first * 128;
+    if (a.vector) {
+      if (thread == 0) ptx::store_box(out, n, int(m0), from);
+      if (thread == 0) ptx::store_commit();
+      return;
     }
-    ptx::store_commit();
+    const int feature = thread % 64;  // rows that are no multiple of 16 bytes
+    if (n + feature >= a.N) return;
+    for (int t = thread / 64; t < rows && m0 + t < a.M; t += 2)
+      static_cast<uint16_t*>(a.out)[(m0 + t) * a.N + n + feature] = uint16_t(
+          ptx::load_shared2(from + t * 128 + (feature / 8 ^ t % 8) * 16 + feature % 8 * 2));
   }
 
   __device__ void tile(const Work& w) {
@@ -541,6 +544,7 @@ __device__ void init_barriers(const Args& a, const Place& at, const Shared<T>& s
 template <class T>
 __global__ __launch_bounds__(T::kThreads,
                              T::kBlocksPerSm) void gemm(const __grid_constant__ CUtensorMap map,
+                                                        const __grid_constant__ CUtensorMap out,
                                                         const __grid_constant__ Args a) {
   extern __shared__ __align__(1024) uint8_t shared_memory[];
   const Shared<T> s(ptx::shared_address(shared_memory), a);
@@ -556,7 +560,7 @@ __global__ __launch_bounds__(T::kThreads,
   if (a.split > 1) ptx::cluster_arrive();  // barriers are ready; peers wait before they push
   if (warp < kMathWarps) {
     if constexpr (T::kTile.large()) ptx::more_registers<232>();
-    Math<T>(a, at, s).run();
+    Math<T>(a, at, s, &out).run();
   } else {
     if constexpr (T::kTile.large()) {
       ptx::fewer_registers<40>();
