@@ -122,12 +122,22 @@ __device__ __forceinline__ uint32_t peer_address(uint32_t address, uint32_t rank
   return peer;
 }
 // 16 bytes into a peer's shared memory; they complete on a barrier of that peer.
-__device__ __forceinline__ void peer_push(uint32_t address, uint32_t x, uint32_t y, uint32_t z,
-                                          uint32_t w, uint32_t barrier) {
+__device__ __forceinline__ void peer_push(uint32_t address, const uint32_t (&v)[4],
+                                          uint32_t barrier) {
   asm volatile(
       "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, "
       "[%5];" ::"r"(address),
-      "r"(x), "r"(y), "r"(z), "r"(w), "r"(barrier)
+      "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3]), "r"(barrier)
+      : "memory");
+}
+
+// `bytes` of this block's shared memory to a peer's; they complete on a barrier of that peer.
+__device__ __forceinline__ void peer_copy(uint32_t to, uint32_t from, uint32_t bytes,
+                                          uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, "
+      "[%3];" ::"r"(to),
+      "r"(from), "r"(bytes), "r"(barrier)
       : "memory");
 }
 
@@ -173,6 +183,11 @@ __device__ __forceinline__ uint32_t load_shared2(uint32_t address) {
   return v;
 }
 
+__device__ __forceinline__ void store_shared16(uint32_t address, const uint32_t (&v)[4]) {
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v[0]), "r"(v[1]),
+               "r"(v[2]), "r"(v[3])
+               : "memory");
+}
 __device__ __forceinline__ void store_shared4(uint32_t address, uint32_t v) {
   asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(v) : "memory");
 }

@@ -17,43 +17,74 @@ Sm90Plan plan_sm90_with(const GpuProblem& problem, int tokens, int split) {
   const int resident = std::min(tile.blocks_per_sm(), int(ceil_div(p.grid, problem.sms)));
   const int room = kSm90SmemPerSm / std::max(resident, 1) - kSm90SmemReserved;
   const int stage = tile.smem_bytes(1, 1) - tile.smem_bytes(0, 1);
+  const int least = tile.least_stages(split);
   const int64_t loads = ceil_div(ceil_div(blocks, split), tile.chunk());
   p.stages = std::min({(room - tile.fixed_bytes(split)) / stage, kSm90MostStages,
-                       int(std::max<int64_t>(2, loads))});
-  if (p.stages < 2) p.stages = 0;
+                       int(std::max<int64_t>(least, loads))});
+  if (p.stages < least) p.stages = 0;
   p.smem = tile.smem_bytes(p.stages, split);
   return p;
 }
 
-// Estimated time of a plan in SM cycles; only the order of such estimates matters.
-static double cost(const GpuProblem& problem, const Sm90Plan& p) {
+// Clusters of `split` blocks that run at once. Clusters of 4 and 8 do not fill every part of the
+// chip: of 132 SMs about 120 are of use to them.
+static int64_t clusters_at_once(int sms, int split, int blocks_per_sm) {
+  return int64_t{split > 2 ? sms - sms / 11 : sms} * blocks_per_sm / split;
+}
+
+// Few tokens: reading the weights is all there is, so what counts is that every SM reads at once.
+static int split_of_small(const GpuProblem& problem, int tokens) {
+  const Sm90Plan whole = plan_sm90_with(problem, tokens, 1);
+  const Sm90Tile tile{tokens, problem.scheme};
+  for (int split : {8, 4, 2})
+    if (whole.tiles <= clusters_at_once(problem.sms, split, 2) &&
+        problem.Kp / 128 >= int64_t{tile.chunk()} * split &&
+        plan_sm90_with(problem, tokens, split).stages > 0)
+      return split;
+  return 1;
+}
+
+// What a large tile costs in us, fitted to measurements on an H200.
+struct Cost {
+  double block;  // 128 channels of one tile
+  double store;  // its results
+  double join;   // adding up the parts of K
+};
+static Cost cost_of(const GpuProblem& problem, int tokens) {
+  const bool group = problem.scheme == Scheme::kGroup;
+  if (tokens == 64) return {group ? 0.40 : 0.215, 0.6, 1.5};
+  if (tokens == 128) return {group ? 0.75 : 0.335, 1.1, 2.2};
+  return {0.595, 2.1, 0};
+}
+
+// Estimated time of a plan with a large tile in us; only the order of such estimates matters.
+static double estimate(const GpuProblem& problem, const Sm90Plan& p) {
+  constexpr double kLaunch = 3.1, kL2BytesPerUs = 7.5e6, kReadBytesPerUs = 4.3e6;
   const Sm90Tile tile{p.tokens, problem.scheme};
-  const double per_sm = tile.blocks_per_sm();
-  const double ctas = double(p.tiles) * p.split;
-  const double waves = ceil_div(int64_t(ctas), int64_t(problem.sms * per_sm));
-  const double blocks = double(ceil_div(problem.Kp / 128, p.split));
-  // one 128-channel block of one tile: tensor time, or bytes through L2
-  const double tensor = tile.features() * tile.tokens / 32.0;
-  const double bytes = double(tile.weight_bytes() + tile.act_bytes()) / tile.chunk();
-  const double block = std::max(tensor, bytes / 40.0) + 40;
-  const double busy = std::min(per_sm, std::max(1.0, ctas / problem.sms));
-  const double epilogue = 1500 + p.tokens * 8.0 + (p.split > 1 ? 1200 + p.tokens * 8.0 : 0);
-  return waves * (blocks * block * busy + epilogue);
+  const Cost cost = cost_of(problem, p.tokens);
+  const int64_t blocks = problem.Kp / 128;
+  const double rounds = double(ceil_div(p.tiles, clusters_at_once(problem.sms, p.split, 1)));
+  const double each = double(ceil_div(blocks, p.split)) * cost.block + cost.store;
+  const double loads = double(blocks) * (tile.weight_bytes() + tile.act_bytes()) / tile.chunk();
+  const double read = double(problem.N * problem.Kp / 2);
+  return kLaunch + std::max({rounds * (each + (p.split > 1 ? cost.join : 0)),
+                             p.tiles * loads / kL2BytesPerUs, read / kReadBytesPerUs});
 }
 
 Sm90Plan plan_sm90(const GpuProblem& problem, int tokens) {
   Sm90Plan best{};
   double least = 0;
   for (int t : {8, 16, 32, 64, 128, 256}) {
-    if (tokens > 0 && t != tokens) continue;
-    // a tile of twice the tokens there are would multiply mostly padding
-    if (tokens == 0 && t > 8 && t / 2 >= problem.M) continue;
-    if (tokens == 0 && t < 128 && t < problem.M) continue;
+    if (tokens > 0 ? t != tokens : t > 8 && t / 2 >= problem.M) continue;
+    if (!Sm90Tile{t, problem.scheme}.large()) {
+      if (tokens == 0 && t < problem.M) continue;
+      return plan_sm90_with(problem, t, split_of_small(problem, t));
+    }
     for (int split : {1, 2, 4, 8}) {
       const Sm90Plan p = plan_sm90_with(problem, t, split);
       if (p.stages == 0) continue;
-      const double c = cost(problem, p);
-      if (best.stages == 0 || c < least) best = p, least = c;
+      const double us = estimate(problem, p);
+      if (best.stages == 0 || us < least) best = p, least = us;
     }
   }
   return best;

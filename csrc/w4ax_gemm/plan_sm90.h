@@ -52,6 +52,10 @@ struct Sm90Tile {
     return split == 1 ? 0 : split * (tokens / 8 / owners(split)) * math_threads() * 16;
   }
   // Results pass through buffers of up to 64 tokens x 64 features of 2 bytes.
+  // A split needs room for the whole tile's sums where the activations were.
+  constexpr int least_stages(int split) const {
+    return split > 1 && large() ? int(ceil_div(tokens * features() * 4, act_bytes())) : 2;
+  }
   constexpr int staged_tokens() const { return tokens < 64 ? tokens : 64; }
   constexpr int staging_buffers() const { return tokens > 64 ? 2 : 1; }
   constexpr int staging_bytes() const {

@@ -47,7 +47,7 @@ static sm90::Args arguments(const Params& p, const Sm90Plan& plan, bool programm
   a.feature_tiles = int(ceil_div(p.panel.N, tile.features()));
   a.tiles = plan.tiles;
   a.stages = plan.stages;
-  a.early = programmatic ? plan.stages : 1;
+  a.programmatic = programmatic;
   a.split = plan.split;
   for (; 1 << a.split_log2 < plan.split; ++a.split_log2) {
   }

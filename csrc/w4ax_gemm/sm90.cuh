@@ -35,9 +35,9 @@ struct Args {
   int N, blocks, panels;
   int token_tiles, feature_tiles, tiles;
   int stages, split, split_log2;
-  int early;  // stages of weights fetched before the previous grid is done
   DType dtype;
-  bool vector;  // rows of the result are whole, aligned 16-byte vectors
+  bool programmatic;  // the previous grid may still run
+  bool vector;        // rows of the result are whole, aligned 16-byte vectors
 };
 
 template <Scheme kS, int kT>
@@ -147,18 +147,33 @@ struct Loader {
     ptx::barrier_arrive_expect(full, T::kActBytes);
     ptx::copy_box(s.acts + stage * T::kActBytes, map, 0, w.m0, b, full);
   }
-  __device__ void run() const {
-    const Work first = Work::of<T>(a, at, at.cluster);
-    int early = 0;
-    Ring ring;
-    if (kWeights)
+  // What can be fetched before the block is set up and the previous grid is done: weights for the
+  // whole ring. If it is done, all of the first stage, not to queue activations behind weights.
+  __device__ int start() const {
+    const Work w = Work::of<T>(a, at, at.cluster);
+    if (!a.programmatic) {
+      weights(w, w.b0, 0);
+      acts(w, w.b0, 0);
+      return 1;
+    }
+    int stage = 0;
 #pragma unroll 1
-      for (int b = first.b0; early < a.early && b < first.b1; ++early, b += T::kChunk)
-        weights(first, b, early);
+    for (int b = w.b0; stage < a.stages && b < w.b1; ++stage, b += T::kChunk) weights(w, b, stage);
+    return stage;
+  }
+  // The rest; `early` stages are done, the activations' not if the previous grid may still run.
+  __device__ void run(int early) const {
     ptx::wait_for_previous_grid();
-    if (kActs && kWeights)
+    if (a.programmatic && kActs) {
+      if (kWeights) {
+        const Work w = Work::of<T>(a, at, at.cluster);
 #pragma unroll 1
-      for (int i = 0; i < early; ++i) acts(first, first.b0 + i * T::kChunk, i);
+        for (int i = 0; i < early; ++i) acts(w, w.b0 + i * T::kChunk, i);
+      } else {
+        early = 0;
+      }
+    }
+    Ring ring;
 #pragma unroll 1
     for (int i = 0; i < early; ++i) ring.next(a.stages);
 #pragma unroll 1
@@ -374,44 +389,6 @@ struct Math {
     }
   }
 
-  // Adds up the parts of K: every block sends each owner its columns and sums up its own in order.
-  // Peers' shared memory is live: all blocks have passed the barrier that cluster_wait ends.
-  __device__ void add_parts(Total (&total)[T::kAcc], int owned) const {  // log2
-    ptx::cluster_wait();
-#pragma unroll
-    for (int j = 0; j < T::kColumns; ++j) {
-      const int owner = j >> owned;
-      const int slot = (((at.part - owner) << owned) + j) * T::kMath + threadIdx.x;
-      if (owner != at.part)
-        ptx::peer_push(ptx::peer_address(s.reduce + slot * 16, owner), bits(total[4 * j]),
-                       bits(total[4 * j + 1]), bits(total[4 * j + 2]), bits(total[4 * j + 3]),
-                       ptx::peer_address(s.reduced, owner));
-    }
-    if (at.part << owned >= T::kColumns) return;
-    ptx::barrier_wait(s.reduced, 0);
-#pragma unroll
-    for (int j = 0; j < T::kColumns; ++j) {
-      if (j >> owned != at.part) continue;
-      Total sum[4] = {};
-      for (int part = 0; part < a.split; ++part) {
-        const int slot = (((part - at.part) << owned) + j) * T::kMath + threadIdx.x;
-        const uint4 v = ptx::load_shared16(s.reduce + slot * 16);
-        const uint32_t sent[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
-          sum[i] += part == at.part ? total[4 * j + i] : from_bits(sent[i]);
-      }
-#pragma unroll
-      for (int i = 0; i < 4; ++i) total[4 * j + i] = sum[i];
-    }
-  }
-  __device__ static uint32_t bits(int32_t x) { return uint32_t(x); }
-  __device__ static uint32_t bits(float x) { return __float_as_uint(x); }
-  __device__ static Total from_bits(uint32_t x) {
-    if constexpr (T::kGroup) return __uint_as_float(x);
-    return Total(x);
-  }
-
   // What belongs to this thread's two features.
   struct Features {
     float scale[2], bias[2];
@@ -434,6 +411,64 @@ struct Math {
     return f;
   }
 
+  // Where this thread's sums for column `j` of its owner's come from `part`.
+  __device__ uint32_t slot(int part, int j, int owned) const {  // log2
+    return s.reduce + (((part << owned) + j) * T::kMath + threadIdx.x) * 16;
+  }
+
+  // Gives every owner of columns this part's sums for them. Pushes from registers take longer than
+  // one copy from about 16 KB on, so large tiles gather the sums in the ring, which is done with.
+  __device__ void send_parts(const Total (&total)[T::kAcc], int owned) const {
+    constexpr bool kLarge = T::kTile.large();
+    if (kLarge) ptx::named_barrier(3, T::kMath);
+#pragma unroll
+    for (int j = 0; j < T::kColumns; ++j) {
+      const int owner = j >> owned, in = j - (owner << owned);
+      const uint32_t sums[4] = {bits(total[4 * j]), bits(total[4 * j + 1]), bits(total[4 * j + 2]),
+                                bits(total[4 * j + 3])};
+      if (owner == at.part)
+        ptx::store_shared16(slot(at.part, in, owned), sums);
+      else if (kLarge)
+        ptx::store_shared16(s.acts + (j * T::kMath + threadIdx.x) * 16, sums);
+      else
+        ptx::peer_push(ptx::peer_address(slot(at.part, in, owned), owner), sums,
+                       ptx::peer_address(s.reduced, owner));
+    }
+    if (!kLarge) return;
+    ptx::fence_for_copies();
+    ptx::named_barrier(3, T::kMath);
+    const int owner = threadIdx.x / 32, bytes = Shared<T>::part_bytes(a);
+    if (lane == 0 && owner != at.part && owner < a.split && owner << owned < T::kColumns)
+      ptx::peer_copy(ptx::peer_address(s.reduce + at.part * bytes, owner), s.acts + owner * bytes,
+                     bytes, ptx::peer_address(s.reduced, owner));
+  }
+
+  // The parts of K together, in order of the parts: an owner stages its columns' results. Peers'
+  // shared memory is live: all blocks meet before they use it and again before they leave.
+  __device__ void stage_parts(const Features& f, int owned, uint32_t staging) const {
+    if (at.part << owned >= T::kColumns) return;
+    ptx::barrier_wait(s.reduced, 0);
+#pragma unroll 2
+    for (int j = 0; j < 1 << owned; ++j) {
+      Total sum[4] = {};
+#pragma unroll 2
+      for (int part = 0; part < a.split; ++part) {
+        const uint4 v = ptx::load_shared16(slot(part, j, owned));
+        const uint32_t sent[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+        for (int i = 0; i < 4; ++i) sum[i] += from_bits(sent[i]);
+      }
+      const int column = (at.part << owned) + j;
+      stage_column(f, column, staging + column % (T::kStaged / 8) * 1024, sum);
+    }
+  }
+  __device__ static uint32_t bits(int32_t x) { return uint32_t(x); }
+  __device__ static uint32_t bits(float x) { return __float_as_uint(x); }
+  __device__ static Total from_bits(uint32_t x) {
+    if constexpr (T::kGroup) return __uint_as_float(x);
+    return Total(x);
+  }
+
   // Takes the zero points out of this part's sums.
   __device__ void fold_zeros(Features& f, Total (&total)[T::kAcc]) const {
     if constexpr (!T::kGroup) {
@@ -448,37 +483,31 @@ struct Math {
     }
   }
 
-  // Results of kStaged / 8 columns into shared memory, where a token is a row of 64 features, whose
-  // 16-byte pieces are swizzled as the copy engine expects it.
-  __device__ void stage(const Features& f, int pass, uint32_t staging,
-                        const Total (&total)[T::kAcc]) const {
-    const uint32_t to = staging + lane % 8 * 128 + ((warp * 2 + lane / 8 % 2) ^ lane % 8) * 16;
+  // Results of 8 tokens into shared memory, where a token is a row of 64 features, whose 16-byte
+  // pieces are swizzled as the copy engine expects it.
+  __device__ void stage_column(const Features& f, int j, uint32_t to,
+                               const Total (&total)[4]) const {
+    const uint32_t token = (j * 8 + 2 * c) * 4;
+    const uint2 scale = ptx::load_shared8(s.scales + token);
+    uint2 sum = make_uint2(0, 0);
+    if constexpr (!T::kGroup) sum = ptx::load_shared8(s.sums + token);
+    float y[4];
 #pragma unroll
-    for (int i = 0; i < T::kStaged / 8; ++i) {
-      const int j = pass * (T::kStaged / 8) + i;
-      const uint32_t token = (j * 8 + 2 * c) * 4;
-      const uint2 scale = ptx::load_shared8(s.scales + token);
-      uint2 sum = make_uint2(0, 0);
-      if constexpr (!T::kGroup) sum = ptx::load_shared8(s.sums + token);
-      float y[4];
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        Total t = total[4 * j + e];
-        if constexpr (!T::kGroup) t -= f.zero[e / 2] * int32_t(e % 2 ? sum.y : sum.x);
-        y[e] = float(t) * (__uint_as_float(e % 2 ? scale.y : scale.x) * f.scale[e / 2]) +
-               f.bias[e / 2];
-      }
-      ptx::store_transposed(to + i * 1024, pack2(y[0], y[1], a.dtype), pack2(y[2], y[3], a.dtype));
+    for (int e = 0; e < 4; ++e) {
+      Total t = total[e];
+      if constexpr (!T::kGroup) t -= f.zero[e / 2] * int32_t(e % 2 ? sum.y : sum.x);
+      y[e] =
+          float(t) * (__uint_as_float(e % 2 ? scale.y : scale.x) * f.scale[e / 2]) + f.bias[e / 2];
     }
+    const uint32_t row = lane % 8, piece = warp * 2 + lane / 8 % 2;
+    ptx::store_transposed(to + row * 128 + (piece ^ row) * 16, pack2(y[0], y[1], a.dtype),
+                          pack2(y[2], y[3], a.dtype));
   }
 
-  // Staged rows to memory, as far as there are tokens and features and this block owns them.
-  __device__ void store(const Work& w, int pass, uint32_t staging, int owned) const {
-    const int n = (w.panel + warpgroup) * 64, rows = a.split > 1 ? 8 << owned : T::kStaged;
-    const int first = a.split > 1 ? at.part * rows - pass * T::kStaged : 0;
-    if (first < 0 || first >= T::kStaged || n >= a.N) return;
-    const int64_t m0 = w.m0 + pass * T::kStaged + first;
-    const uint32_t from = staging + first * 128;
+  // `rows` staged rows to tokens from m0 on, as far as there are tokens and features.
+  __device__ void store(const Work& w, int64_t m0, int rows, uint32_t from) const {
+    const int n = (w.panel + warpgroup) * 64;
+    if (n >= a.N) return;
     if (a.vector) {
       if (thread == 0) ptx::store_box(out, n, int(m0), from);
       if (thread == 0) ptx::store_commit();
@@ -491,6 +520,19 @@ struct Math {
           ptx::load_shared2(from + t * 128 + (feature / 8 ^ t % 8) * 16 + feature % 8 * 2));
   }
 
+  __device__ void finish_parts(const Work& w, Features& f, Total (&total)[T::kAcc]) const {
+    const int owned = Shared<T>::owned_log2(a), rows = 8 << owned, first = at.part * rows;
+    const uint32_t staging = s.staging + warpgroup * T::kTile.staging_buffers() * T::kStagingBytes;
+    fold_zeros(f, total);
+    ptx::cluster_wait();
+    send_parts(total, owned);
+    stage_parts(f, owned, staging);
+    ptx::cluster_arrive();
+    ptx::fence_for_copies();
+    ptx::named_barrier(1 + warpgroup, 128);
+    if (first < T::kTokens) store(w, w.m0 + first, rows, staging + first % T::kStaged * 128);
+  }
+
   __device__ void tile(const Work& w) {
     Total total[T::kAcc];
     // the first stage is there, so the previous grid is done: everything may be read now
@@ -499,23 +541,24 @@ struct Math {
     sum_blocks(w, total);
     ptx::barrier_wait(s.token_full, token_parity);
     token_parity ^= 1;
-    const int owned = Shared<T>::owned_log2(a);
     if constexpr (T::kTile.most_split() > 1)
-      if (a.split > 1) {
-        fold_zeros(f, total);
-        add_parts(total, owned);
-      }
-    constexpr int kBuffers = T::kTile.staging_buffers();
+      if (a.split > 1) return finish_parts(w, f, total);
+    constexpr int kBuffers = T::kTile.staging_buffers(), kColumnsEach = T::kStaged / 8;
 #pragma unroll
     for (int pass = 0; pass < T::kTokens / T::kStaged; ++pass) {
       const uint32_t staging =
           s.staging + (warpgroup * kBuffers + pass % kBuffers) * T::kStagingBytes;
       ptx::store_wait_read<kBuffers - 1>();
       ptx::named_barrier(1 + warpgroup, 128);
-      stage(f, pass, staging, total);
+#pragma unroll
+      for (int i = 0; i < kColumnsEach; ++i) {
+        const int j = pass * kColumnsEach + i;
+        const Total four[4] = {total[4 * j], total[4 * j + 1], total[4 * j + 2], total[4 * j + 3]};
+        stage_column(f, j, staging + i * 1024, four);
+      }
       ptx::fence_for_copies();
       ptx::named_barrier(1 + warpgroup, 128);
-      store(w, pass, staging, owned);
+      store(w, w.m0 + pass * T::kStaged, T::kStaged, staging);
     }
     if (lane == 0) ptx::barrier_arrive(s.token_empty);
   }
@@ -527,18 +570,23 @@ struct Math {
   }
 };
 
+// By one warp.
 template <class T>
-__device__ void init_barriers(const Args& a, const Place& at, const Shared<T>& s) {
-#pragma unroll 1
-  for (int i = 0; i < a.stages; ++i) {
-    ptx::barrier_init(s.full + i * 8, 2);
-    ptx::barrier_init(s.empty + i * 8, T::kMath / 32);
+__device__ void init_barriers(const Args& a, const Shared<T>& s) {
+  const int lane = threadIdx.x % 32;
+  if (lane < a.stages) {
+    ptx::barrier_init(s.full + lane * 8, 2);
+    ptx::barrier_init(s.empty + lane * 8, T::kMath / 32);
   }
-  ptx::barrier_init(s.token_full, 32);
-  ptx::barrier_init(s.token_empty, T::kMath / 32);
-  ptx::barrier_init(s.reduced, 1);
+  if (lane == 31) {
+    ptx::barrier_init(s.token_full, 32);
+    ptx::barrier_init(s.token_empty, T::kMath / 32);
+    ptx::barrier_init(s.reduced, 1);
+    if (a.split > 1)
+      ptx::barrier_arrive_expect(s.reduced, (a.split - 1) * Shared<T>::part_bytes(a));
+  }
   ptx::barrier_init_fence();
-  if (a.split > 1) ptx::barrier_arrive_expect(s.reduced, (a.split - 1) * Shared<T>::part_bytes(a));
+  __syncwarp();
 }
 
 template <class T>
@@ -550,29 +598,32 @@ __global__ __launch_bounds__(T::kThreads,
   const Shared<T> s(ptx::shared_address(shared_memory), a);
   const Place at(a);
   constexpr int kMathWarps = T::kMath / 32;
+  constexpr bool kLarge = T::kTile.large();
   const int warp = threadIdx.x / 32;
   const bool first_lane = threadIdx.x % 32 == 0;
-  if (threadIdx.x == T::kMath) {
-    ptx::prefetch_map(&map);
-    init_barriers(a, at, s);
+  int early = 1;
+  if (warp == kMathWarps) {
+    if (first_lane) ptx::prefetch_map(&map);
+    init_barriers(a, s);
+    if (first_lane) early = Loader<T, true, !kLarge>{a, at, s, &map}.start();
   }
   __syncthreads();
-  if (a.split > 1) ptx::cluster_arrive();  // barriers are ready; peers wait before they push
+  if (a.split > 1) ptx::cluster_arrive();  // started, barriers ready
   if (warp < kMathWarps) {
-    if constexpr (T::kTile.large()) ptx::more_registers<232>();
+    if constexpr (kLarge) ptx::more_registers<232>();
     Math<T>(a, at, s, &out).run();
   } else {
-    if constexpr (T::kTile.large()) {
-      ptx::fewer_registers<40>();
-      if (warp == kMathWarps && first_lane) Loader<T, true, false>{a, at, s, &map}.run();
-      if (warp == kMathWarps + 1 && first_lane) Loader<T, false, true>{a, at, s, &map}.run();
-      if (warp == kMathWarps + 2) token_warp(a, at, s);
-    } else {
-      if (warp == kMathWarps && first_lane) Loader<T, true, true>{a, at, s, &map}.run();
-      if (warp == kMathWarps + 1) token_warp(a, at, s);
+    if constexpr (kLarge) ptx::fewer_registers<40>();
+    if (warp == kMathWarps && first_lane) Loader<T, true, !kLarge>{a, at, s, &map}.run(early);
+    if constexpr (kLarge)
+      if (warp == kMathWarps + 2 && first_lane) Loader<T, false, true>{a, at, s, &map}.run(early);
+    if (warp == kMathWarps + 1) token_warp(a, at, s);
+    if (a.split > 1) {
+      ptx::cluster_wait();
+      ptx::cluster_arrive();
     }
-    if (a.split > 1) ptx::cluster_wait();
   }
+  if (a.split > 1) ptx::cluster_wait();
 }
 
 }  // namespace tessella::w4ax_gemm::sm90
