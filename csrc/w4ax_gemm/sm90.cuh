@@ -459,7 +459,7 @@ struct Math {
         for (int i = 0; i < 4; ++i) sum[i] += from_bits(sent[i]);
       }
       const int column = (at.part << owned) + j;
-      stage_column(f, column, staging + column % (T::kStaged / 8) * 1024, sum);
+      stage_column(f, tokens(column), staging + column % (T::kStaged / 8) * 1024, sum);
     }
   }
   __device__ static uint32_t bits(int32_t x) { return uint32_t(x); }
@@ -483,21 +483,28 @@ struct Math {
     }
   }
 
+  // Scales and code sums of this thread's two tokens of column `j`.
+  struct Tokens {
+    uint2 scale, sum;
+  };
+  __device__ Tokens tokens(int j) const {
+    const uint32_t at_token = (j * 8 + 2 * c) * 4;
+    Tokens t{ptx::load_shared8(s.scales + at_token), make_uint2(0, 0)};
+    if constexpr (!T::kGroup) t.sum = ptx::load_shared8(s.sums + at_token);
+    return t;
+  }
+
   // Results of 8 tokens into shared memory, where a token is a row of 64 features, whose 16-byte
   // pieces are swizzled as the copy engine expects it.
-  __device__ void stage_column(const Features& f, int j, uint32_t to,
+  __device__ void stage_column(const Features& f, const Tokens& of, uint32_t to,
                                const Total (&total)[4]) const {
-    const uint32_t token = (j * 8 + 2 * c) * 4;
-    const uint2 scale = ptx::load_shared8(s.scales + token);
-    uint2 sum = make_uint2(0, 0);
-    if constexpr (!T::kGroup) sum = ptx::load_shared8(s.sums + token);
     float y[4];
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
       Total t = total[e];
-      if constexpr (!T::kGroup) t -= f.zero[e / 2] * int32_t(e % 2 ? sum.y : sum.x);
-      y[e] =
-          float(t) * (__uint_as_float(e % 2 ? scale.y : scale.x) * f.scale[e / 2]) + f.bias[e / 2];
+      if constexpr (!T::kGroup) t -= f.zero[e / 2] * int32_t(e % 2 ? of.sum.y : of.sum.x);
+      y[e] = float(t) * (__uint_as_float(e % 2 ? of.scale.y : of.scale.x) * f.scale[e / 2]) +
+             f.bias[e / 2];
     }
     const uint32_t row = lane % 8, piece = warp * 2 + lane / 8 % 2;
     ptx::store_transposed(to + row * 128 + (piece ^ row) * 16, pack2(y[0], y[1], a.dtype),
@@ -550,11 +557,14 @@ struct Math {
           s.staging + (warpgroup * kBuffers + pass % kBuffers) * T::kStagingBytes;
       ptx::store_wait_read<kBuffers - 1>();
       ptx::named_barrier(1 + warpgroup, 128);
+      Tokens of[kColumnsEach];  // all loads first: they would wait for one another's stores
+#pragma unroll
+      for (int i = 0; i < kColumnsEach; ++i) of[i] = tokens(pass * kColumnsEach + i);
 #pragma unroll
       for (int i = 0; i < kColumnsEach; ++i) {
         const int j = pass * kColumnsEach + i;
         const Total four[4] = {total[4 * j], total[4 * j + 1], total[4 * j + 2], total[4 * j + 3]};
-        stage_column(f, j, staging + i * 1024, four);
+        stage_column(f, of[i], staging + i * 1024, four);
       }
       ptx::fence_for_copies();
       ptx::named_barrier(1 + warpgroup, 128);

@@ -50,9 +50,7 @@ def random_weights(scheme: str, N: int, K: int, copies: int) -> list[Tensor]:
         for name, (dtype, shape) in W4Weight.spec(scheme, N, K).items():
             if dtype == torch.uint8:
                 most = 256 if name == "codes" else 9 if name == "group_scales" else 16
-                t[name] = torch.randint(most > 16, most, shape, dtype=dtype, device="cuda")
-                if name == "group_scales":
-                    t[name].clamp_(min=1)
+                t[name] = torch.randint(1, most, shape, dtype=dtype, device="cuda")
             else:
                 t[name] = (torch.rand(shape, device="cuda") * 0.01 + 0.001).to(dtype)
         packed.append(ops.w4_pack(W4Weight.from_tensors(t, scheme, K)).blob)
