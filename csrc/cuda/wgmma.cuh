@@ -16,6 +16,13 @@ __device__ __forceinline__ uint64_t swizzled_rows(uint32_t address) {
   return (address & 0x3ffff) >> 4 | kLeading | kStride | kSwizzle128;
 }
 
+// Has these registers computed here: the compiler may otherwise move that past wgmma_fence, and
+// then it must serialise all wgmma.
+__device__ __forceinline__ void settle(uint32_t (&f)[4][4]) {
+#pragma unroll
+  for (int i = 0; i < 16; ++i) asm volatile("" : "+r"(f[i / 4][i % 4])::"memory");
+}
+
 // Before the first wgmma, and after registers it uses were written.
 __device__ __forceinline__ void wgmma_fence() {
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");

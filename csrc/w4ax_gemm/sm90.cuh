@@ -292,10 +292,11 @@ struct Math {
   }
 
   // Integer sums over block `i` of a stage; `add` false starts them from zero.
-  __device__ void multiply(int32_t (&acc)[T::kAcc], const Fragments& f, int stage, int i,
+  __device__ void multiply(int32_t (&acc)[T::kAcc], Fragments& f, int stage, int i,
                            bool add) const {
     const uint64_t x =
         ptx::swizzled_rows(s.acts + stage * T::kActBytes + i * (T::kActBytes / T::kChunk));
+    ptx::settle(f);
     ptx::wgmma_fence();
 #pragma unroll
     for (int k = 0; k < 4; ++k)
