@@ -247,6 +247,7 @@ struct Math {
 
   // This warp has read all it needs of a stage.
   __device__ void release(int stage) const {
+    __syncwarp();
     if (lane == 0) ptx::barrier_arrive(s.empty + stage * 8);
   }
   __device__ int before(int stage) const { return stage == 0 ? a.stages - 1 : stage - 1; }
