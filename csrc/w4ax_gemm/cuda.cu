@@ -28,7 +28,7 @@ static int forced_tokens(const std::string& forced) {
 
 // Whole INT8 tokens, and weight groups no smaller than the 128 channels of an integer sum.
 static bool hopper_takes(const Params& p) {
-  return TSL_HAS_SM90 && cuda::this_device().arch == 90 && p.K8 == p.panel.Kp &&
+  return kHasSm90 && cuda::this_device().arch == 90 && p.K8 == p.panel.Kp &&
          p.granularity != Granularity::kBlock && p.panel.G == 128 && p.panel.N <= 1 << 30 &&
          p.M <= 1 << 30 && reinterpret_cast<uintptr_t>(p.w) % 16 == 0 &&
          reinterpret_cast<uintptr_t>(p.x8) % 16 == 0;
@@ -44,7 +44,7 @@ int run_cuda(const Params& p, void* stream) {
     const Sm90Plan plan = plan_sm90(problem, tokens);
     if (plan.stages > 0) {
       if (env().log_plan) log_plan(to_string(problem, plan));
-      if constexpr (TSL_HAS_SM90) return run_sm90(p, plan, env().programmatic, stream);
+      if constexpr (kHasSm90) return run_sm90(p, plan, env().programmatic, stream);
     }
   }
   if (tokens > 0)

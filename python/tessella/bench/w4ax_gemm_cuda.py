@@ -87,9 +87,7 @@ class Rivals:
             "cublas_fp8": fp8,
         }
         if x.shape[0] > 16:
-            calls["cublaslt_int8"] = lambda i: torch._int_mm(
-                x8, self.int8[i % len(self.int8)].t()
-            )
+            calls["cublaslt_int8"] = lambda i: torch._int_mm(x8, self.int8[i % len(self.int8)].t())
         return calls
 
 

@@ -1,0 +1,43 @@
+"""The Hopper planner of w4ax_gemm: every plan is legal."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tessella import _native
+
+pytestmark = pytest.mark.skipif(_native._C is None, reason="needs the compiled _C module")
+
+SMEM = 227 * 1024
+
+
+@given(
+    M=st.integers(1, 20000),
+    N=st.integers(1, 60000),
+    K=st.integers(1, 65536),
+    scheme=st.sampled_from(("channel", "g128", "twolevel")),
+    sms=st.sampled_from((78, 114, 132)),
+    tokens=st.sampled_from((0, 8, 16, 32, 64, 128, 256)),
+)
+@settings(max_examples=300, deadline=None)
+def test_plan_is_legal(M, N, K, scheme, sms, tokens):
+    """Tiles cover the result, the ring fits, a split leaves every part some of K."""
+    p = _native._C.plan_w4ax_gemm_sm90(M, N, K, scheme, sms, tokens)
+    if scheme == "g128" and tokens == 256:
+        assert p["stages"] == 0  # no such body
+        return
+    assert tokens in (0, p["tokens"])
+    assert p["tiles"] == -(-N // p["features"]) * -(-M // p["tokens"])
+    assert 2 <= p["stages"] <= 16 and p["smem"] <= SMEM
+    assert p["split"] in (1, 2, 4, 8) and p["split"] <= -(-K // 128)
+    assert p["grid"] == p["tiles"] * p["split"] if p["split"] > 1 else 1 <= p["grid"] <= p["tiles"]
+
+
+@given(M=st.integers(1, 256), N=st.integers(1, 20000), K=st.integers(1, 30000))
+@settings(max_examples=100, deadline=None)
+def test_a_few_tokens_are_not_padded_to_many(M, N, K):
+    """A tile has fewer than twice the tokens there are, or is the smallest."""
+    p = _native._C.plan_w4ax_gemm_sm90(M, N, K)
+    assert p["tokens"] == 8 or p["tokens"] < 2 * M
