@@ -1,6 +1,5 @@
-/* Makes the kernel library an importable module on the limited API, whatever the Python version;
-   loading it runs the registrations of the ops. */
-#define Py_LIMITED_API 0x030A0000
+/* Makes the kernel library an importable module on the limited API (which CMake defines), whatever
+   the Python version; loading it runs the registrations of the ops. */
 #include <Python.h>
 
 const char* tessella_refresh_env(void); /* core/env.cpp */
