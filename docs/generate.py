@@ -85,8 +85,8 @@ KINDS: dict[str, Callable] = {f.__name__: f for f in (schema, commands, summary,
 
 
 def main() -> None:
-    """Rewrite the blocks of every Markdown file at the root and in docs/."""
-    for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]:
+    """Rewrite the blocks of every Markdown file at the root, in docs/ and of the kernels."""
+    for path in [p for g in ("*.md", "docs/*.md", "csrc/*/*.md") for p in ROOT.glob(g)]:
         old = path.read_text()
         new = render(old, lambda name: (ROOT / name).read_text())
         if new != old:
