@@ -16,7 +16,8 @@ static void on_gpu(const char* op, const Tensor& like, const F& f) {
   check_launch(op, f(current_stream(like.get_device_index())));
 }
 
-static void run(const char* op, Params& p, const Tensor& codes4, const Tensor& out) {
+static void run([[maybe_unused]] const char* op, Params& p, const Tensor& codes4,
+                const Tensor& out) {
   if (p.M == 0) return;
   p.out = out.mutable_data_ptr();
   if (out.is_cuda()) {
