@@ -6,6 +6,8 @@
 #include <memory>
 #include <thread>
 
+#include "cpu/pages.h"
+
 #define TSL_BODY "cpu/ceilings.inl"
 #include "cpu/foreach_isa.h"
 
@@ -47,6 +49,7 @@ CpuCeilings measure_ceilings(int threads, Isa isa) {
   std::vector<std::unique_ptr<uint8_t[]>> buffers;
   for (int t = 0; t < threads; ++t) {
     buffers.emplace_back(new uint8_t[kBytes]);
+    advise_huge_pages(buffers.back().get(), kBytes);
     std::memset(buffers.back().get(), t + 1, kBytes);
   }
   volatile int32_t sink = 0;

@@ -1,7 +1,8 @@
 // Body of w4ax_gemm, compiled once per instruction set (cpu/foreach_isa.h).
 //
 // A task is one panel of 64 out features x at most 96 tokens. It walks the panel's weight stream
-// once, block of 128 channels by block. In a block, register tiles of kRows tokens x kVecs vectors
+// once, block of 128 channels by block, in the order of memory: the core's own prefetchers follow
+// that, and do it better than instructions (README.md). In a block, register tiles of kRows tokens x kVecs vectors
 // of features sum q * c in int32 and then add to the task's totals, which stay in L1:
 //   - int32 totals where one integer sum runs over all of K (channel, two-level), else fp32;
 //   - zero points enter as the accumulators' start value, -z * (sum of the codes), or at the end.
@@ -15,7 +16,6 @@ using w4ax_gemm::kMostChunkRows;
 using w4ax_gemm::Params;
 
 constexpr int kPanel = W4Panel::kN, kBlock = W4Panel::kBlockK;
-constexpr int kPrefetchBytes = 4096;  // ahead in the weight stream
 
 // What a task keeps between blocks.
 struct Task {
@@ -71,7 +71,6 @@ inline void dot_32(const uint8_t* w, const int8_t* x_rows, VI (&acc)[kRows][kVec
         q[v] = load_i(w + k / 4 * (kPanel * 4) + v * kLanes * 4);
       } else {
         const uint8_t* at = w + k / 8 * W4Panel::kStepBytes + v * kLanes * 4;
-        if (k % 8 == 0 && v * kLanes * 4 % 64 == 0) prefetch(at + kPrefetchBytes);
         q[v] = k % 8 == 0 ? low_nibbles(load_i(at)) : high_nibbles(load_i(at));
       }
     }
@@ -162,7 +161,6 @@ inline void decode(const W4Panel& panel, const uint8_t* block, uint8_t* out) {
 #pragma GCC unroll 4
       for (int v = 0; v < kVecs; ++v) {
         const int at = step * W4Panel::kStepBytes + (n + v * kLanes) * 4;
-        if (kLanes * 4 >= 64 || at % 64 == 0) prefetch(block + at + kPrefetchBytes);
         const VI both = load_i(block + at);
         VI lo = low_nibbles(both), hi = high_nibbles(both);
         if constexpr (M::kFormed) {

@@ -4,6 +4,7 @@
 #include "core/build.h"
 #include "core/env.h"
 #include "core/stream.h"
+#include "cpu/pages.h"
 #include "w4ax_gemm/check.h"
 #include "w4ax_gemm/plan.h"
 
@@ -115,6 +116,7 @@ static Tensor w4_pack(const Tensor& codes, const std::optional<Tensor>& channel_
   if (codes.is_cuda()) {
     TSL_IF_CUDA(on_gpu(op, out, [&](void* stream) { return pack_cuda(c, panel, to, stream); });)
   } else {
+    advise_huge_pages(to, size_t(panel.bytes()));
     pack_panels(c, panel, to);
   }
   return out;

@@ -48,11 +48,9 @@ class _Shape:
     def packed(self, scheme: str) -> list[PackedW4]:
         """Copies of a packed weight, more than the caches hold."""
         if scheme not in self._packed:
-            p = w4_pack(random_weight(scheme, self.N, self.K, self.generator))
-            copies = rotations(p.blob.nbytes, self.cache)
-            self._packed[scheme] = [
-                PackedW4(p.blob.clone(), scheme, self.N, self.K) for _ in range(copies)
-            ]
+            w = random_weight(scheme, self.N, self.K, self.generator)
+            copies = rotations(w4_pack(w).blob.nbytes, self.cache)
+            self._packed[scheme] = [w4_pack(w) for _ in range(copies)]  # as a layer's is made
         return self._packed[scheme]
 
     def rival(self, name: str, threads: int) -> Rival:
