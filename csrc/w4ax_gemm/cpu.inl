@@ -1,9 +1,10 @@
 // Body of w4ax_gemm, compiled once per instruction set (cpu/foreach_isa.h).
 //
 // A task is one panel of 64 out features x at most 96 tokens. It walks the panel's weight stream
-// once, block of 128 channels by block, in the order of memory: the core's own prefetchers follow
-// that, and do it better than instructions (README.md). In a block, register tiles of kRows tokens x kVecs vectors
-// of features sum q * c in int32 and then add to the task's totals, which stay in L1:
+// once, block of 128 channels by block. Where it does so byte after byte, the core's prefetchers
+// follow, and do it better than instructions would (README.md). In a block, register tiles of kRows
+// tokens x kVecs vectors of features sum q * c in int32 and then add to the task's totals, which
+// stay in L1:
 //   - int32 totals where one integer sum runs over all of K (channel, two-level), else fp32;
 //   - zero points enter as the accumulators' start value, -z * (sum of the codes), or at the end.
 // Every tile does the same sums in the same order, so a token's result depends neither on the tile
@@ -16,6 +17,8 @@ using w4ax_gemm::kMostChunkRows;
 using w4ax_gemm::Params;
 
 constexpr int kPanel = W4Panel::kN, kBlock = W4Panel::kBlockK;
+constexpr int kScales = W4Panel::kCodeBytes;  // where a block's scale rows start
+constexpr int kPrefetchBytes = 4096;          // one block ahead
 
 // What a task keeps between blocks.
 struct Task {
@@ -24,6 +27,7 @@ struct Task {
 
   const Params& p;
   int64_t panel, m0, rows;
+  const int groups = p.panel.scheme == Scheme::kGroup ? p.panel.rows() : 1;  // of a block
   const uint8_t* zeros = nullptr;                     // channel scheme: z [64]
   alignas(64) float totals[kMostChunkRows * kPanel];  // int32 or fp32, see Mode
   alignas(64) uint8_t bytes[kPanel * kBlock];         // wide: decoded block [k/4][n][4]
@@ -38,8 +42,11 @@ struct Mode {
   // two-level with its bytes q * s1 + a already formed, else s1 and a are applied to the sums
   static constexpr bool kFormed = kS == Scheme::kTwoLevel && kDecoded && kWideBytes;
   static constexpr bool kFloatTotals = kS == Scheme::kGroup || kBlockScales;
+  // Zero points: where accumulators start, or subtracted from their sums. A group's lie behind its
+  // codes, so whoever reads from memory takes them last.
   static constexpr bool kZeroFirst =
-      kS == Scheme::kGroup || (kS == Scheme::kChannel && kBlockScales);
+      (kS == Scheme::kGroup && kDecoded) || (kS == Scheme::kChannel && kBlockScales);
+  static constexpr bool kZeroLast = kS == Scheme::kGroup && !kDecoded;
 };
 
 // One register tile's view of a block.
@@ -50,6 +57,7 @@ struct Tile {
   const float* scales;   // per block: scale of the tile's first token
   const uint8_t* block;  // the block's start, for its scale and zero rows
   const uint8_t* zeros;  // channel scheme
+  int groups;            // of the block
   int n;                 // first feature in the panel
   float* totals;         // of the tile's first token and feature, rows 64 apart
 };
@@ -71,6 +79,8 @@ inline void dot_32(const uint8_t* w, const int8_t* x_rows, VI (&acc)[kRows][kVec
         q[v] = load_i(w + k / 4 * (kPanel * 4) + v * kLanes * 4);
       } else {
         const uint8_t* at = w + k / 8 * W4Panel::kStepBytes + v * kLanes * 4;
+        if constexpr (kVecs * kLanes < kPanel)  // reads with gaps, which prefetchers do not follow
+          if (k % 8 == 0 && v * kLanes * 4 % 64 == 0) prefetch(at + kPrefetchBytes);
         q[v] = k % 8 == 0 ? low_nibbles(load_i(at)) : high_nibbles(load_i(at));
       }
     }
@@ -89,21 +99,24 @@ inline void dot_32(const uint8_t* w, const int8_t* x_rows, VI (&acc)[kRows][kVec
 
 // Adds group g's sums to the totals.
 template <class M, int kRows, int kVecs>
-inline void flush(const Params& p, const Tile& t, int g, const VI (&acc)[kRows][kVecs]) {
+inline void flush(const Params& p, const Tile& t, int g, [[maybe_unused]] const uint8_t* zeros,
+                  const VI (&acc)[kRows][kVecs]) {
 #pragma GCC unroll 8
   for (int v = 0; v < kVecs; ++v) {
     const int n = t.n + v * kLanes;
     [[maybe_unused]] VF s = zero_f();
-    [[maybe_unused]] VI s1 = zero_i(), a = zero_i();
+    [[maybe_unused]] VI s1 = zero_i(), a = zero_i(), z = zero_i();
+    if constexpr (M::kZeroLast) z = load_u8(zeros + n);
     if constexpr (M::kScheme == Scheme::kGroup)
-      s = load_x(reinterpret_cast<const F16*>(t.block + p.panel.scale_row(g)) + n);
+      s = load_x(reinterpret_cast<const F16*>(t.block + kScales) + g * kPanel + n);
     if constexpr (M::kScheme == Scheme::kTwoLevel && !M::kFormed) {
-      s1 = load_u8(t.block + p.panel.scale_row(g) + n);
-      a = load_u8(t.block + p.panel.zero_row(g) + n);
+      s1 = load_u8(t.block + kScales + n);
+      a = load_u8(t.block + kScales + kPanel + n);
     }
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
       VI sum = acc[r][v];
+      if constexpr (M::kZeroLast) sum = sub(sum, mul16(z, set1_i(t.sums[g * p.M + r])));
       if constexpr (M::kScheme == Scheme::kTwoLevel && !M::kFormed) {
         const int32_t codes = t.sums[g * p.M + r];
         sum = add(mul(s1, sum), mul16(a, set1_i(codes)));
@@ -124,26 +137,39 @@ inline void flush(const Params& p, const Tile& t, int g, const VI (&acc)[kRows][
   }
 }
 
+// Group g of `size` channels; zeros: the group's row.
+template <class M, int kRows, int kVecs>
+__attribute__((always_inline)) inline void group(const Params& p, const Tile& t, int g, int size,
+                                                 const uint8_t* zeros) {
+  VI acc[kRows][kVecs];
+#pragma GCC unroll 8
+  for (int v = 0; v < kVecs; ++v) {
+    [[maybe_unused]] VI z = zero_i();
+    if constexpr (M::kZeroFirst) z = load_u8(zeros + t.n + v * kLanes);
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+      acc[r][v] = zero_i();
+      if constexpr (M::kZeroFirst) acc[r][v] = mul16(z, set1_i(-t.sums[g * p.M + r]));
+      if constexpr (M::kFormed && M::kPerBlock) acc[r][v] = set1_i(-128 * t.sums[r]);
+    }
+  }
+  for (int k = g * size; k < (g + 1) * size; k += 32)
+    dot_32<M, kRows, kVecs>(t.w + k * (M::kWide ? kPanel : kPanel / 2), t.x + k, acc);
+  flush<M, kRows, kVecs>(p, t, g, zeros, acc);
+}
+
 template <class M, int kRows, int kVecs>
 __attribute__((noinline)) void tile(const Params& p, const Tile& t) {
-  const int groups = M::kScheme == Scheme::kGroup ? p.panel.rows() : 1, size = kBlock / groups;
-  for (int g = 0; g < groups; ++g) {
-    VI acc[kRows][kVecs];
-#pragma GCC unroll 8
-    for (int v = 0; v < kVecs; ++v) {
-      [[maybe_unused]] VI z = zero_i();
-      if constexpr (M::kZeroFirst)
-        z = load_u8((t.zeros ? t.zeros : t.block + p.panel.zero_row(g)) + t.n + v * kLanes);
-#pragma GCC unroll 16
-      for (int r = 0; r < kRows; ++r) {
-        acc[r][v] = zero_i();
-        if constexpr (M::kZeroFirst) acc[r][v] = mul16(z, set1_i(-t.sums[g * p.M + r]));
-        if constexpr (M::kFormed && M::kPerBlock) acc[r][v] = set1_i(-128 * t.sums[r]);
-      }
+  if constexpr (M::kScheme == Scheme::kGroup) {
+    const uint8_t* zeros = t.block + kScales + t.groups * kPanel * 2;
+    if (t.groups == 1) {  // its own code: numbers that the compiler knows
+      group<M, kRows, kVecs>(p, t, 0, kBlock, t.block + kScales + kPanel * 2);
+    } else {
+      for (int g = 0; g < t.groups; ++g)
+        group<M, kRows, kVecs>(p, t, g, kBlock / t.groups, zeros + g * kPanel);
     }
-    for (int k = g * size; k < (g + 1) * size; k += 32)
-      dot_32<M, kRows, kVecs>(t.w + k * (M::kWide ? kPanel : kPanel / 2), t.x + k, acc);
-    flush<M, kRows, kVecs>(p, t, g, acc);
+  } else {
+    group<M, kRows, kVecs>(p, t, 0, kBlock, t.zeros);
   }
 }
 
@@ -180,25 +206,31 @@ inline void block_rows(Task& t, int64_t b) {
   const Params& p = t.p;
   const uint8_t* block = p.w + p.panel.block(t.panel, b);
   if constexpr (M::kWide) decode<M>(p.panel, block, t.bytes);
-  const int groups = M::kScheme == Scheme::kGroup ? p.panel.rows() : 1;
+  const uint8_t* next = block;
   int64_t r = 0;
   auto rows = [&](auto count) {
     constexpr int kR = decltype(count)::value;
-    for (; r + kR <= t.rows; r += kR)
+    for (; r + kR <= t.rows; r += kR) {
+      if constexpr (M::kWide) {  // between two decodes prefetchers lose the track
+        const uint8_t* until = block + p.panel.block_bytes() * (r + kR) / t.rows;
+        for (; next < until; next += 64) prefetch(next + p.panel.block_bytes());
+      }
       for (int n = 0; n < kPanel; n += kVecs * kLanes) {
         const uint8_t* w = M::kWide ? t.bytes : block;
         const int64_t m = t.m0 + r;
         const float* scales = M::kPerBlock ? p.scales + b * p.M + m : nullptr;
         const Tile view{w + n * 4,
                         p.x(b) + m * kBlock,
-                        p.sums + b * groups * p.M + m,
+                        p.sums + b * t.groups * p.M + m,
                         scales,
                         block,
                         t.zeros,
+                        t.groups,
                         n,
                         t.totals + r * kPanel + n};
         tile<M, kR, kVecs>(p, view);
       }
+    }
   };
   (rows(Const<kRows>{}), ...);
 }
