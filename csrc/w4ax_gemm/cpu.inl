@@ -338,6 +338,8 @@ inline void run_tasks(const Params& p, int64_t chunk_rows, int64_t begin, int64_
 inline void w4ax_gemm_gemv(const w4ax_gemm::Params& p, int64_t chunk, int64_t i0, int64_t i1) {
   if constexpr (kLanes == 16)
     gemm::run_tasks<false, 4, 6, 5, 4, 3, 2, 1>(p, chunk, i0, i1);
+  else if (kLanes == 8 && chunk == 1)
+    gemm::run_tasks<false, 4, 1>(p, chunk, i0, i1);  // as many bytes in a row as registers allow
   else
     gemm::run_tasks<false, 2, 2, 1>(p, chunk, i0, i1);
 }
