@@ -169,6 +169,8 @@ class OnnxRuntime(Rival):
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
+        # every session has threads of its own: they must not spin while the next one works
+        options.add_session_config_entry("session.force_spinning_stop", "1")
         model = _matmul_nbits(w_NK)
         self.sessions = [
             ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])

@@ -23,6 +23,11 @@ MOST_S = 5.0
 LONG_S = 10.0
 """A call that takes longer needs no warm-up: its first run counts."""
 
+SAMPLE_S = 2e-3
+"""A sample of a shorter call is the mean of as many calls as take this long, but `MOST_CALLS`."""
+
+MOST_CALLS = 16
+
 BUDGET_S = 30.0
 """Seconds for the samples of all variants of a case together."""
 
@@ -103,6 +108,9 @@ def time_cpu(
     """
     calls = {name: _counted(call) for name, call in variants.items()}
     seconds = {name: _warm_up(call, most_s) for name, call in calls.items()}
+    inner = {
+        name: max(1, min(MOST_CALLS, int(SAMPLE_S / max(s, 1e-9)))) for name, s in seconds.items()
+    }
     counts = sample_counts(seconds, reps=reps, budget_s=budget_s, fewest=fewest, most_s=most_s)
     samples = {name: [seconds[name] * 1e6] if seconds[name] > LONG_S else [] for name in counts}
     order, shuffle = list(counts.items()), random.Random(0).shuffle
@@ -110,25 +118,26 @@ def time_cpu(
         shuffle(order)
         for name, n in order:
             if (i + 1) * n // reps > i * n // reps and len(samples[name]) < n:
-                samples[name].append(calls[name]() * 1e6)
+                samples[name].append(calls[name](inner[name]) * 1e6)
     return {name: summarise(s) for name, s in samples.items()}
 
 
-def _counted(call: Call) -> Callable[[], float]:
-    """Runs `call` with 0, 1, 2...; returns the seconds it took."""
+def _counted(call: Call) -> Callable[..., float]:
+    """Runs `call` with 0, 1, 2..., `inner` times; returns the seconds that each took."""
     calls = 0
 
-    def run() -> float:
+    def run(inner: int = 1) -> float:
         nonlocal calls
         before = time.perf_counter()
-        call(calls)
-        calls += 1
-        return time.perf_counter() - before
+        for i in range(calls, calls + inner):
+            call(i)
+        calls += inner
+        return (time.perf_counter() - before) / inner
 
     return run
 
 
-def _warm_up(call: Callable[[], float], most_s: float) -> float:
+def _warm_up(call: Callable[..., float], most_s: float) -> float:
     """Seconds of a call; of a short one not the first."""
     first = call()
     return first if first > min(LONG_S, most_s) else min(first, call())
