@@ -5,6 +5,7 @@
 #include "core/build.h"
 #include "core/env.h"
 #include "cpu/ceilings.h"
+#include "cpu/pages.h"
 #include "families.h"
 #include "layout/act.h"
 #include "layout/w4.h"
@@ -148,6 +149,10 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("plan_w4ax_gemm_sm90", &plan_w4ax_gemm_sm90, py::arg("M"), py::arg("N"), py::arg("K"),
         py::arg("scheme") = "twolevel", py::arg("sms") = 132, py::arg("tokens") = 0,
         "The plan for one problem on Hopper; with `tokens`, of that token tile.");
+  m.def(
+      "advise_huge_pages",
+      [](uintptr_t data, size_t bytes) { advise_huge_pages(reinterpret_cast<void*>(data), bytes); },
+      py::arg("data"), py::arg("bytes"));
   m.def("measure_ceilings", &measured_ceilings, py::arg("threads") = 1,
         "Measured read rate and 8-bit dot product rate of this CPU; takes about a second.");
   bind_layouts(m);

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 import tiny
 from tessella import _native
 from tessella.models.fuse import GatedMLP, RMSNormQuant, fuse
+from tessella.models.join import Joined
 from tessella.models.linear import W4AxLinear
 from tessella.quant import recipe as recipes
 
@@ -59,14 +61,82 @@ def test_calls_a_layer():
     after = calls(plain, ids)
     assert calls(plain, ids, torch.inference_mode) == after
     n = tiny.LAYERS
-    assert before["w4ax_gemm"] == after["w4ax_gemm"] == 7 * n
+    assert before["w4ax_gemm"] == 7 * n
     assert before["act_quant"] == 4 * n  # q, k and v share; so do gate and up
     assert after == {
         "act_quant": n,
         "rms_norm_quant": 2 * n,
         "silu_mul_quant": n,
-        "w4ax_gemm": 7 * n,
+        "w4ax_gemm": 5 * n,  # q, k, v are one; 200 features of the gate fill no panel of 64
     }
+    wide = converted("llama", intermediate_size=192)
+    fuse(wide)
+    assert calls(wide, ids)["w4ax_gemm"] == 4 * n
+
+
+def joined_model(arch: str = "qwen2") -> torch.nn.Module:
+    """A fused model with biases whose q, k, v and gate, up are joined and have run once."""
+    model = converted(arch, intermediate_size=192)
+    fuse(model)
+    with torch.no_grad():
+        model(torch.arange(8).view(1, 8))
+    return model
+
+
+def test_joined_linears_are_those_on_their_own():
+    model = joined_model()
+    x = torch.randn(1, 7, 256, generator=torch.Generator().manual_seed(5)).bfloat16()
+    layer = model.model.layers[0]
+    for norm, linears in (
+        (layer.input_layernorm, [getattr(layer.self_attn, f"{p}_proj") for p in "qkv"]),
+        (layer.post_attention_layernorm, [layer.mlp.gate_proj, layer.mlp.up_proj]),
+    ):
+        x_normed = norm(x)
+        together = [linear(x_normed) for linear in linears]
+        alone = [linear(norm(x).clone()) for linear in linears]  # a clone has no blocks with it
+        for linear, a, b in zip(linears, together, alone):
+            assert torch.equal(a, b)
+            a.zero_()  # a caller owns what it got
+            assert torch.equal(linear(x_normed), b)
+        memory = {linear.blob.untyped_storage().data_ptr() for linear in linears}
+        assert len(memory) == 1
+
+
+@pytest.mark.parametrize("change", ("load", "deepcopy", "pickle", "move"))
+def test_joined_linears_stay_right(change):
+    model = joined_model()
+    ids = torch.arange(12).view(2, 6)
+    with torch.no_grad():
+        want = model(ids).logits
+        if change == "load":
+            other = joined_model()
+            q = other.model.layers[0].self_attn.q_proj
+            q.blob.copy_(torch.zeros_like(q.blob))
+            assert not torch.equal(other(ids).logits, want)
+            other.load_state_dict(model.state_dict())
+            model = other
+        elif change == "deepcopy":
+            model = copy.deepcopy(model)
+        elif change == "pickle":
+            model = pickle.loads(pickle.dumps(model))
+        else:  # there and back, through a device without kernels
+            q = model.model.layers[0].self_attn.q_proj
+            blob = q.blob.clone()
+            q.forward(model.model.layers[0].input_layernorm(torch.randn(1, 1, 256).bfloat16()))
+            q._joined.forget()
+            q.blob = blob
+        assert torch.equal(model(ids).logits, want)
+
+
+def test_linears_that_differ_are_not_joined():
+    attention = converted("llama").model.layers[0].self_attn
+    linears = [attention.q_proj, attention.k_proj, attention.v_proj]
+    assert Joined.fits(linears)
+    attention.k_proj.bias = torch.zeros(128).bfloat16()
+    assert not Joined.fits(linears)
+    mlp = converted("llama").model.layers[0].mlp
+    assert not Joined.fits([mlp.gate_proj, mlp.up_proj])  # 200 features: no whole panels
+    assert Joined.fits([linears[0], mlp.gate_proj])  # the last one may have a rest
 
 
 def test_only_what_fits_is_fused():

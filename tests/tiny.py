@@ -43,20 +43,22 @@ def model(arch: str, *, tied: bool = False, **options) -> PreTrainedModel:
     torch.manual_seed(1234)
     m = cls(
         config(
-            vocab_size=VOCAB,
-            hidden_size=HIDDEN,
-            intermediate_size=INTERMEDIATE,
-            num_hidden_layers=LAYERS,
-            num_attention_heads=HEADS,
-            num_key_value_heads=KV_HEADS,
-            head_dim=HIDDEN // HEADS,
-            max_position_embeddings=128,
-            tie_word_embeddings=tied,
-            bos_token_id=0,
-            eos_token_id=1,
-            pad_token_id=1,
-            initializer_range=0.06,
-            **options,
+            **{
+                "vocab_size": VOCAB,
+                "hidden_size": HIDDEN,
+                "intermediate_size": INTERMEDIATE,
+                "num_hidden_layers": LAYERS,
+                "num_attention_heads": HEADS,
+                "num_key_value_heads": KV_HEADS,
+                "head_dim": HIDDEN // HEADS,
+                "max_position_embeddings": 128,
+                "tie_word_embeddings": tied,
+                "bos_token_id": 0,
+                "eos_token_id": 1,
+                "pad_token_id": 1,
+                "initializer_range": 0.06,
+            }
+            | options
         )
     )
     for name, p in m.named_parameters():

@@ -12,7 +12,7 @@ import importlib
 import os
 import warnings
 
-import torch  # noqa: F401  (the libraries link against torch's, which must be loaded first)
+import torch  # the libraries link against torch's, which must be loaded first
 
 
 class StandInWarning(UserWarning):
@@ -54,3 +54,11 @@ def refresh_env() -> None:
     """
     if _ops is not None and (error := _ops.refresh_env()):
         raise ValueError(error)
+
+
+def empty_bytes(n: int, device: torch.device) -> torch.Tensor:
+    """Uninitialised uint8 [n], on a CPU in huge pages where the system gives them."""
+    t = torch.empty(n, dtype=torch.uint8, device=device)
+    if device.type == "cpu" and _C is not None:
+        _C.advise_huge_pages(t.data_ptr(), n)
+    return t

@@ -3,15 +3,19 @@
 In a decoder layer as it is converted every linear quantises its own input. After :func:`fuse` the
 norm before the attention and the one before the MLP quantise what they normalise, once for the two
 or three linears that read it, and the MLP's gate quantises its product: of seven act_quant calls a
-layer and a dozen small torch ops, one act_quant and three fused ops are left. Names and tensors in
-the state_dict stay the same.
+layer and a dozen small torch ops, one act_quant and three fused ops are left. The linears that
+read a fused norm become one product (:mod:`tessella.models.join`): of seven, four are left. Names
+and tensors in the state_dict stay the same.
 """
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor, nn
 
+from tessella.models.join import Joined
 from tessella.models.linear import W4AxLinear, share
 
 _rms_norm_quant = torch.ops.tessella.rms_norm_quant.default
@@ -21,7 +25,11 @@ _silu_mul_quant = torch.ops.tessella.silu_mul_quant.default
 @torch.compiler.assume_constant_result
 def _compiled(op: str, device: str) -> bool:
     """Whether this build has a kernel of its own for an op on a kind of device."""
-    key = {"cpu": "CPU", "cuda": "CUDA"}.get(device, "PrivateUse1")
+    return _has_kernel(op, {"cpu": "CPU", "cuda": "CUDA"}.get(device, "PrivateUse1"))
+
+
+@cache
+def _has_kernel(op: str, key: str) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"tessella::{op}", key)
 
 
@@ -108,6 +116,8 @@ def fuse(model: nn.Module) -> int:
             if _is_rms_norm(norm) and _alike(linears):
                 setattr(layer, name, RMSNormQuant(norm, linears[0]))
                 replaced += 1
+                if Joined.fits(linears):
+                    Joined(linears)
         if _is_gated_mlp(mlp):
             layer.mlp = GatedMLP(mlp)
             replaced += 1

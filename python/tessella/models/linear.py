@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from tessella.formats import PackedW4, W4Weight
 from tessella.ops import w4_pack, w4_unpack
 from tessella.quant.recipe import Recipe
+
+if TYPE_CHECKING:
+    from tessella.models.join import Joined
 
 _act_quant = torch.ops.tessella.act_quant.default
 _w4ax_gemm = torch.ops.tessella.w4ax_gemm.default
@@ -81,6 +84,7 @@ class W4AxLinear(nn.Module):
         self.out_features = weight.N
         self.k8 = k8
         self.granularity = granularity
+        self._joined: Joined | None = None
         self.register_buffer("blob", w4_pack(weight).blob)
         self.register_buffer("perm", None if perm is None else perm.detach())
         self.register_buffer("bias", None if bias is None else bias.detach())
@@ -106,7 +110,13 @@ class W4AxLinear(nn.Module):
         if x.shape[-1] != self.in_features:
             got = tuple(x.shape)
             raise ValueError(f"W4AxLinear: x: expected [..., {self.in_features}], got {got}")
+        if self._joined is not None and (y := self._joined.product(self, x)) is not None:
+            return y
         return self.multiply(self._quantise(x), x.shape[:-1], x.dtype)
+
+    def join(self, joined: Joined | None) -> None:
+        """From now on take the result from a product with others, where that can be had."""
+        self._joined = joined
 
     def multiply(self, blocks: Sequence[Tensor], leading: torch.Size, dtype: torch.dtype) -> Tensor:
         """Quantised activations (codes8, codes4, sums, scales) -> y [*leading, N] of `dtype`."""
@@ -220,13 +230,15 @@ class W4AxLinear(nn.Module):
             for f, t in self.weight().tensors().items()
         }
         blob = self._pack(weight)
+        if self._joined is not None:
+            self._joined.forget()
         self._buffers["blob"] = blob.new_empty(0)
         super()._apply(fn, recurse)
         self._buffers["blob"] = blob
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        state = self.__dict__.copy()
+        state = self.__dict__ | {"_joined": None}  # a copy is on its own
         state["_buffers"] = {k: t for k, t in self._buffers.items() if k != "blob"}
         state["_weight"] = self.weight().tensors()
         return state
