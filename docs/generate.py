@@ -4,7 +4,8 @@ A block is everything between ``<!-- generated: KIND ARGUMENT -->`` and ``<!-- e
 
 * ``schema OP``: the declared schema of an op (tessella.ops)
 * ``commands``: the commands of the command line with their first help line
-* ``summary FILE``, ``detail FILE``: tables of a results file below bench/results
+* ``summary FILE [KEY=VALUE...]``, ``detail FILE [KEY=VALUE...]``: tables of a results file below
+  bench/results, of all records or of those whose case has these values
 
 ``python docs/generate.py`` rewrites them in place; tests/test_repo.py fails when one is stale.
 """
@@ -20,7 +21,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 BLOCK = re.compile(
-    r"(?P<open><!-- generated: (?P<kind>\w+)(?: (?P<arg>\S+))? -->\n).*?"
+    r"(?P<open><!-- generated: (?P<kind>\w+)(?: (?P<arg>[^>]+?))? -->\n).*?"
     r"(?P<close><!-- end generated -->)",
     re.S,
 )
@@ -64,20 +65,25 @@ def commands(_: None, read: Read) -> str:
     return "\n".join(rows)
 
 
-def summary(path: str, read: Read) -> str:
-    """The records of bench/results/<path>, geometric means over shapes where there are many."""
-    return _table("summary", path, read)
+def summary(arg: str, read: Read) -> str:
+    """Records of bench/results/<path>, geometric means over shapes where there are many."""
+    return _table("summary", arg, read)
 
 
-def detail(path: str, read: Read) -> str:
-    """The records of bench/results/<path>, one row each."""
-    return _table("detail", path, read)
+def detail(arg: str, read: Read) -> str:
+    """Records of bench/results/<path>, one row each."""
+    return _table("detail", arg, read)
 
 
-def _table(kind: str, path: str, read: Read) -> str:
+def _table(kind: str, arg: str, read: Read) -> str:
     from tessella.bench import tables
+    from tessella.bench.suite import Selection
 
-    records = json.loads(read(f"bench/results/{path}"))
+    path, *filters = arg.split()
+    selection = Selection(filters)
+    records = [r for r in json.loads(read(f"bench/results/{path}")) if selection(r["case"])]
+    if not records:
+        raise KeyError(arg)
     return f"{getattr(tables, kind)(records, path).markdown()}\n\n{tables.source(records)}."
 
 
