@@ -11,7 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import tiny
 from tessella import _native
-from tessella.models.fuse import GatedMLP, RMSNormQuant, fuse
+from tessella.models.fuse import GatedMLP, RMSNormQuant, RowsLinear, fuse
 from tessella.models.join import Joined
 from tessella.models.linear import W4AxLinear
 from tessella.quant import recipe as recipes
@@ -126,6 +126,19 @@ def test_joined_linears_stay_right(change):
             q._joined.forget()
             q.blob = blob
         assert torch.equal(model(ids).logits, want)
+
+
+def test_a_dense_head_takes_any_strides():
+    model = converted("llama", tied=True)
+    ids = torch.arange(12).view(2, 6)
+    with torch.no_grad():
+        want = model(ids).logits[:, -1:]
+        fuse(model)
+        assert type(model.lm_head) is RowsLinear
+        assert model.lm_head.weight is model.model.embed_tokens.weight
+        got = model(ids, logits_to_keep=1).logits
+    assert got.shape == want.shape
+    assert float((got - want).norm() / want.norm()) < 2e-2
 
 
 def test_linears_that_differ_are_not_joined():

@@ -21,7 +21,7 @@ from tessella.bench.suite import Case, Family, Prepared, Selection, Subject
 from tessella.bench.timing import Call
 from tessella.integrations import attention
 from tessella.integrations.cache import growing_cache
-from tessella.models.fuse import fuse
+from tessella.models.fuse import flatten_head, fuse
 from tessella.models.linear import W4AxLinear
 from tessella.quant.recipe import PRESETS, Recipe, Rtn
 
@@ -137,9 +137,10 @@ def single_precision(shape: str) -> nn.Module:
 
 @lru_cache(maxsize=1)
 def folded(shape: str) -> nn.Module:
-    """The original, with this package's attention and cache: what 4 bits alone are worth."""
+    """The original, with this package's attention, cache and head: what 4 bits alone are worth."""
     model = _sharing(original(shape))
     attention.use(model)
+    flatten_head(model)
     return model
 
 

@@ -96,12 +96,42 @@ class GatedMLP(nn.Module):
         return down.multiply(blocks, x.shape[:-1], x.dtype)
 
 
+class RowsLinear(nn.Linear):
+    """A dense output head that multiplies rows, whatever strides they come with.
+
+    A prompt's last token, sliced from its batch, has a batch stride that makes torch's matmul copy
+    the whole weight first, 12 to 100 times the time of the product (torch 2.13, CPU).
+
+    Args:
+        linear: the module to replace; weight and bias are shared, ties stay.
+    """
+
+    def __init__(self, linear: nn.Linear):
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight, self.bias = linear.weight, linear.bias
+        self.train(linear.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., K] -> [..., N]."""
+        return super().forward(x.reshape(-1, self.in_features)).view(*x.shape[:-1], -1)
+
+
+def flatten_head(model: nn.Module) -> None:
+    """Replace a dense output head by :class:`RowsLinear`."""
+    for name, module in list(model.named_modules()):
+        if type(module) is nn.Linear and name.endswith("lm_head"):
+            model.set_submodule(name, RowsLinear(module))
+
+
 def fuse(model: nn.Module) -> int:
     """Replace what can be in a converted model; returns the number of modules replaced.
 
     Norms whose readers all are 4-bit linears that quantise alike, and MLPs with the silu
-    activation whose projections all are 4-bit. Everything else stays as it is.
+    activation whose projections all are 4-bit. A dense head is replaced too and not counted.
+    Everything else stays as it is.
     """
+    flatten_head(model)
     replaced = 0
     for layer in list(model.modules()):
         attention, mlp = getattr(layer, "self_attn", None), getattr(layer, "mlp", None)
