@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "cuda/dependent.cuh"
+
 namespace tessella::ptx {
 
 __device__ __forceinline__ uint32_t shared_address(const void* p) {
@@ -90,19 +92,6 @@ __device__ __forceinline__ void fence_for_copies() {
 
 __device__ __forceinline__ void prefetch_map(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
-}
-
-// --- programmatic dependent launch
-
-// Returns when all grids this one depends on have finished and their writes are visible.
-__device__ __forceinline__ void wait_for_previous_grid() {
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-}
-
-// Lets a dependent grid start early. Only after wait_for_previous_grid: then everything older than
-// this grid is complete when the dependent one runs.
-__device__ __forceinline__ void allow_next_grid() {
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 }
 
 // --- clusters

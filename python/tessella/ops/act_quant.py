@@ -136,6 +136,19 @@ def _ref_rms_norm(x, weight, eps, residual, k8, granularity, perm):
     return *_ref(y, k8, granularity, perm), y, h if residual is not None else x.new_empty(0)
 
 
+def _ref_rms_norm_out(
+    x, weight, eps, residual, k8, granularity, perm, codes8, codes4, sums, scales, y, h
+):
+    *found, found_h = _ref_rms_norm(x, weight, eps, residual, k8, granularity, perm)
+    for dst, src in zip((codes8, codes4, sums, scales, y, h), (*found, found_h)):
+        if dst is not None:
+            dst.copy_(src)
+
+
+def _ref_silu_mul_out(gate, up, k8, granularity, perm, codes8, codes4, sums, scales):
+    _ref_out(ref.silu_mul(gate, up), k8, granularity, perm, codes8, codes4, sums, scales)
+
+
 def _fake_rms_norm(x, weight, eps, residual, k8, granularity, perm):
     h = x.new_empty(0) if residual is None else x.new_empty(x.shape)
     return *_fake(x, k8, granularity, perm), x.new_empty(x.shape), h
@@ -153,15 +166,28 @@ define(
     ref=_ref_out,
     fake=lambda *_: None,
 )
+_NORM_ARGS = (
+    "Tensor x, Tensor weight, float eps, Tensor? residual, int k8, str granularity, Tensor? perm"
+)
+_GATE_ARGS = "Tensor gate, Tensor up, int k8, str granularity, Tensor? perm"
+_OUT_ARGS = "Tensor(a!) codes8, Tensor(b!) codes4, Tensor(c!) sums, Tensor(d!) scales"
 define(
-    "rms_norm_quant(Tensor x, Tensor weight, float eps, Tensor? residual, int k8, str granularity,"
-    " Tensor? perm) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"rms_norm_quant({_NORM_ARGS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     ref=_ref_rms_norm,
     fake=_fake_rms_norm,
 )
 define(
-    "silu_mul_quant(Tensor gate, Tensor up, int k8, str granularity, Tensor? perm)"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
+    f"rms_norm_quant_out({_NORM_ARGS}, {_OUT_ARGS}, Tensor(e!)? y, Tensor(f!)? h) -> ()",
+    ref=_ref_rms_norm_out,
+    fake=lambda *_: None,
+)
+define(
+    f"silu_mul_quant({_GATE_ARGS}) -> (Tensor, Tensor, Tensor, Tensor)",
     ref=lambda gate, up, *rest: _ref(ref.silu_mul(gate, up), *rest),
     fake=lambda gate, up, *rest: _fake(gate, *rest),
+)
+define(
+    f"silu_mul_quant_out({_GATE_ARGS}, {_OUT_ARGS}) -> ()",
+    ref=_ref_silu_mul_out,
+    fake=lambda *_: None,
 )
