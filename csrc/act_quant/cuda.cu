@@ -8,7 +8,9 @@
 //
 // A channel costs about 5 instructions: half the magnitude search (packed pairs), multiply, round
 // (adding 1.5 * 2^23 leaves the integer in the low mantissa bits), half a byte permute, a quarter
-// of a dot product for the code sums. README.md has the ladder.
+// of a dot product for the code sums. With few tokens the time is that of one thread block's
+// instructions, so the common case (all INT8, one scale) is compiled for itself (kPure), and rows
+// are counted in 32 bits. README.md has the ladder.
 //
 // Sums of squares are added in one order whatever the launch: within a vector, over its block, over
 // the blocks by lane and then across lanes. So a token's codes depend on that token alone.
@@ -36,13 +38,14 @@ __device__ inline Vec add(const Vec& x, const Vec& residual) {
 }
 template <class T>
 __device__ inline float squares(const Vec& h) {
-  float sum = 0.f;
+  float even = 0.f, odd = 0.f;
 #pragma unroll
   for (int i = 0; i < kVec / 2; ++i) {
     const float2 x = Pair<T>::floats(pair<T>(h, i));
-    sum = fmaf(x.y, x.y, fmaf(x.x, x.x, sum));
+    even = fmaf(x.x, x.x, even);
+    odd = fmaf(x.y, x.y, odd);
   }
-  return sum;
+  return even + odd;
 }
 template <class T>
 __device__ inline Vec norm(const Vec& h, const Vec& weight, float by) {
@@ -66,59 +69,40 @@ __device__ inline uint32_t owners_max(uint32_t v) {
   for (int d = kOwners / 2; d > 0; d /= 2) v = max(v, __shfl_xor_sync(~0u, v, d));
   return v;
 }
+// Sums of a block's codes stay below 2^15, so one warp-wide sum serves both blocks of a warp.
 __device__ inline int owners_sum(int v) {
-  for (int d = kOwners / 2; d > 0; d /= 2) v += __shfl_xor_sync(~0u, v, d);
-  return v;
+  const bool high = threadIdx.x & kOwners;
+  const int both = int(__reduce_add_sync(~0u, high ? uint32_t(v) << 16 : uint32_t(v)));
+  const int low = int16_t(both);
+  return high ? (both - low) >> 16 : low;
 }
 
-// Codes of 8 channels, a byte each.
-struct Codes {
-  uint32_t lo, hi;
-};
-template <class T>
-__device__ inline Codes quantise(const Vec& v, float inverse) {
-  if (inverse == 0.f) return {0, 0};  // also where a channel is inf or NaN
-  uint32_t q[kVec];
-#pragma unroll
-  for (int i = 0; i < kVec / 2; ++i) {
-    const float2 x = Pair<T>::floats(pair<T>(v, i));
-    q[2 * i] = __float_as_uint(__fadd_rn(__fmul_rn(x.x, inverse), 12582912.f));
-    q[2 * i + 1] = __float_as_uint(__fadd_rn(__fmul_rn(x.y, inverse), 12582912.f));
-  }
-  auto bytes = [&](int i) {
-    return __byte_perm(__byte_perm(q[i], q[i + 1], 0x0040), __byte_perm(q[i + 2], q[i + 3], 0x0040),
-                       0x5410);
-  };
-  return {bytes(0), bytes(4)};
-}
-__device__ inline int sum_codes(Codes c) {
-  return __dp4a(int(c.lo), 0x01010101, __dp4a(int(c.hi), 0x01010101, 0));
-}
-// The low nibbles of 8 bytes, first in the lowest.
-__device__ inline uint32_t nibbles(Codes c) {
-  const uint32_t lo = c.lo & 0x0f0f0f0f, hi = c.hi & 0x0f0f0f0f;
-  return __byte_perm(lo | lo >> 4, hi | hi >> 4, 0x6420);
+// Has the parameters fetched, which are cold in every launch, while the previous grid still runs.
+__device__ inline void fetch_parameters(const Params& p) {
+  asm volatile("" ::"l"(p.x), "l"(p.sums), "l"(p.Kp), "l"(p.other), "l"(p.y), "f"(p.eps));
 }
 
-// What a thread needs to know of its token, which `parts` thread blocks share.
+// What a thread needs to know of its token, which a power of two of thread blocks share.
 struct Token {
-  int64_t m, B, B8;
-  int parts, part;
+  uint32_t m, M;
+  int B, B8, parts, part;
   bool per_block;
-  Scale scale8, scale4;  // of the two classes, unless per block
+  Scale scale8{}, scale4{};  // of the two classes, unless per block
 
-  __device__ Token(const Params& p, int of)
-      : m(blockIdx.x / of),
-        B(p.Kp / kBlock),
-        B8(p.K8 / kBlock),
-        parts(of),
-        part(int(blockIdx.x % of)),
+  __device__ Token(const Params& p, int parts_log2)
+      : m(blockIdx.x >> parts_log2),
+        M(uint32_t(p.M)),
+        B(int(p.Kp / kBlock)),
+        B8(int(p.K8 / kBlock)),
+        parts(1 << parts_log2),
+        part(int(blockIdx.x) & (parts - 1)),
         per_block(p.granularity == Granularity::kBlock) {}
 
   // Whether the parts have anything to tell each other: then they are a cluster.
   __device__ bool joined(Source source) const {
     return parts > 1 && (source == Source::kRmsNorm || !per_block);
   }
+  __device__ uint32_t row(int b) const { return uint32_t(b) * M + m; }
 };
 
 // `value` into this word of every part's shared memory, by the first lanes of a warp.
@@ -140,35 +124,36 @@ __device__ inline void meet(const Token& t) {
   }
 }
 
-// Largest magnitudes of the two classes over the token -> scales. All threads take part.
+// The largest magnitude over the token, from each thread's; `most` is shared and used once.
+__device__ inline uint32_t token_max(const Token& t, uint32_t mine,
+                                     uint32_t (&most)[kMostParts * kMostThreads / 32]) {
+  const int warps = int(blockDim.x / 32), lane = threadIdx.x % 32;
+  tell(t, &most[t.part * warps + int(threadIdx.x / 32)], __reduce_max_sync(~0u, mine));
+  meet(t);
+  uint32_t all = 0;
+  for (int i = lane; i < t.parts * warps; i += 32) all = max(all, most[i]);
+  return __reduce_max_sync(~0u, all);
+}
+
+// The same for both classes -> scales. All threads take part.
 __device__ inline void share_scales(const Params& p, Token& t, const uint32_t (&mine)[2]) {
   __shared__ uint32_t most[2][kMostParts * kMostThreads / 32];
-  const int warps = int(blockDim.x / 32), lane = threadIdx.x % 32;
-  const int own = t.part * warps + int(threadIdx.x / 32);
-  uint32_t all[2] = {0, 0};
-#pragma unroll
-  for (int c = 0; c < 2; ++c) tell(t, &most[c][own], __reduce_max_sync(~0u, mine[c]));
-  meet(t);
-#pragma unroll
-  for (int c = 0; c < 2; ++c) {
-    for (int i = lane; i < t.parts * warps; i += 32) all[c] = max(all[c], most[c][i]);
-    all[c] = __reduce_max_sync(~0u, all[c]);
-  }
-  if (t.B8 > 0) t.scale8 = make_scale(all[0], 127.f);
-  if (t.B8 < t.B) t.scale4 = make_scale(all[1], 7.f);
+  if (t.B8 > 0) t.scale8 = make_scale(token_max(t, mine[0], most[0]), 127.f);
+  if (t.B8 < t.B) t.scale4 = make_scale(token_max(t, mine[1], most[1]), 7.f);
   if (threadIdx.x == 0 && t.part == 0) {
     const bool token = p.granularity == Granularity::kToken;
     p.scales[t.m] = (token && t.B8 == 0 ? t.scale4 : t.scale8).scale;
-    if (!token) p.scales[p.M + t.m] = t.scale4.scale;
+    if (!token) p.scales[t.M + t.m] = t.scale4.scale;
   }
 }
 
 // 1 / rms of the token, from the sums of its blocks.
-__device__ inline float inverse_rms(const Params& p, const Token& t, const float* of_block) {
+__device__ inline float inverse_rms(const Params& p, const Token& t, float share,
+                                    const float* of_block) {
   float sum = 0.f;
-  for (int64_t b = threadIdx.x % 32; b < t.B; b += 32) sum += of_block[b];
+  for (int b = threadIdx.x % 32; b < t.B; b += 32) sum += of_block[b];
   for (int d = 16; d > 0; d /= 2) sum += __shfl_xor_sync(~0u, sum, d);
-  return 1.f / sqrtf(sum / float(p.K) + p.eps);
+  return rsqrtf(sum * share + p.eps);
 }
 // The sum of squares of a block, by one of its owners; the order is the same in every launch.
 __device__ inline float owners_add(float v) {
@@ -178,9 +163,8 @@ __device__ inline float owners_add(float v) {
 
 // Quantises and stores vector `i` of the token. All threads of a warp take part.
 template <class T>
-__device__ inline void emit(const Params& p, const Token& t, int64_t i, const Vec& v) {
-  const int64_t b = i / kOwners;
-  const int lane = int(i % kOwners);
+__device__ inline void emit(const Params& p, const Token& t, int i, const Vec& v) {
+  const int b = i / kOwners, lane = i % kOwners;
   const bool int4 = b >= t.B8;
   Scale s = int4 ? t.scale4 : t.scale8;
   if (t.per_block) s = make_scale(owners_max(magnitude<T>(v)), int4 ? 7.f : 127.f);
@@ -188,12 +172,12 @@ __device__ inline void emit(const Params& p, const Token& t, int64_t i, const Ve
   const int sum = owners_sum(sum_codes(q));
   if (b >= t.B) return;
   if (int4)
-    reinterpret_cast<uint32_t*>(p.codes4)[((b - t.B8) * p.M + t.m) * kOwners + lane] = nibbles(q);
+    reinterpret_cast<uint32_t*>(p.codes4)[int64_t{t.row(b - t.B8)} * kOwners + lane] = nibbles(q);
   else
-    reinterpret_cast<uint2*>(p.codes8)[(b * p.M + t.m) * kOwners + lane] = make_uint2(q.lo, q.hi);
+    reinterpret_cast<uint2*>(p.codes8)[int64_t{t.row(b)} * kOwners + lane] = {q.lo, q.hi};
   if (lane == 0) {
-    p.sums[b * p.M + t.m] = sum;
-    if (t.per_block) p.scales[b * p.M + t.m] = s.scale;
+    p.sums[t.row(b)] = sum;
+    if (t.per_block) p.scales[t.row(b)] = s.scale;
   }
 }
 
@@ -204,48 +188,60 @@ struct Held {
 
   const Params& p;
   const Token& t;
-  Vec v[kHeld], other[kHeld];
+  const uint4 *first, *second;  // this thread's first vectors
+  float share;                  // of a channel in the mean
+  Vec v[kHeld], other[kHeld], weight[kHeld];
 
+  // What can be done while the previous grid still runs: addresses, and the norm's weight.
+  __device__ Held(const Params& params, const Token& token)
+      : p(params),
+        t(token),
+        first(row(p.x, p.stride)),
+        second(kSource == Source::kPlain ? nullptr : row(p.other, p.other_stride)),
+        share(1.f / float(p.K)) {
+    asm volatile("" : "+l"(first), "+l"(second), "+f"(share));
+    if constexpr (kSource == Source::kRmsNorm)
+      load(weight, static_cast<const uint4*>(p.weight) + index(0));
+  }
   __device__ int index(int j) const {
     return (t.part * kHeld + j) * int(blockDim.x) + int(threadIdx.x);
   }
-  __device__ bool there(int j) const { return index(j) < int(p.K / kVec); }
+  __device__ bool there(int j) const { return index(j) < int(p.K) / kVec; }
   __device__ const uint4* row(const void* base, int64_t stride) const {
-    return reinterpret_cast<const uint4*>(static_cast<const T*>(base) + t.m * stride);
+    return reinterpret_cast<const uint4*>(static_cast<const T*>(base) + int64_t{t.m} * stride) +
+           index(0);
   }
   __device__ void load(Vec (&to)[kHeld], const uint4* from) const {
 #pragma unroll
     for (int j = 0; j < kHeld; ++j)
-      to[j].bits = there(j) ? from[index(j)] : make_uint4(0, 0, 0, 0);
+      to[j].bits = there(j) ? from[j * int(blockDim.x)] : make_uint4(0, 0, 0, 0);
   }
   __device__ void store(void* base) const {
-    auto* to = reinterpret_cast<uint4*>(static_cast<T*>(base) + t.m * p.K);
+    auto* to = reinterpret_cast<uint4*>(static_cast<T*>(base) + int64_t{t.m} * p.K);
 #pragma unroll
     for (int j = 0; j < kHeld; ++j)
       if (there(j)) to[index(j)] = v[j].bits;
   }
 
   __device__ void produce() {
-    load(v, row(p.x, p.stride));
+    load(v, first);
     if constexpr (kSource == Source::kSiluMul) {
-      load(other, row(p.other, p.other_stride));
+      load(other, second);
 #pragma unroll
       for (int j = 0; j < kHeld; ++j) v[j] = silu_mul<T>(v[j], other[j]);
     }
     if constexpr (kSource == Source::kRmsNorm) {
-      if (p.other != nullptr) load(other, row(p.other, p.other_stride));
-      Vec weight[kHeld];
-      load(weight, static_cast<const uint4*>(p.weight));
       if (p.other != nullptr) {
+        load(other, second);
 #pragma unroll
         for (int j = 0; j < kHeld; ++j) v[j] = add<T>(v[j], other[j]);
         store(p.h);
       }
-      normalise(weight);
+      normalise();
       if (p.y != nullptr) store(p.y);
     }
   }
-  __device__ void normalise(const Vec (&weight)[kHeld]) {
+  __device__ void normalise() {
     __shared__ float of_block[kMostHeldBlocks];
 #pragma unroll
     for (int j = 0; j < kHeld; ++j) {
@@ -260,22 +256,40 @@ struct Held {
         of_block[b] = sum;
     }
     meet(t);
-    const float by = inverse_rms(p, t, of_block);
+    const float by = inverse_rms(p, t, share, of_block);
 #pragma unroll
     for (int j = 0; j < kHeld; ++j) v[j] = norm<T>(v[j], weight[j], by);
   }
 };
 
-template <class T, Source kSource, int kHeld>
-__global__ __launch_bounds__(kMostThreads) void held(const Params p, const int parts) {
-  Token t(p, parts);
-  const bool joined = t.joined(kSource);
-  if (joined) ptx::cluster_publish();  // this part has started
-  ptx::wait_for_previous_grid();
-  ptx::allow_next_grid();
-  Held<T, kSource, kHeld> of{p, t, {}, {}};
-  if (joined) ptx::cluster_await();
-  of.produce();
+// All channels INT8 with one scale.
+template <class T, class H, int kHeld>
+__device__ inline void quantise_pure(const Params& p, const Token& t, const H& of) {
+  __shared__ uint32_t most[kMostParts * kMostThreads / 32];
+  uint32_t mine = 0;
+#pragma unroll
+  for (int j = 0; j < kHeld; ++j) mine = max(mine, magnitude<T>(of.v[j]));
+  const uint32_t amax = token_max(t, mine, most);
+  const bool fits = amax >= kTinyBits && amax < kInfBits;
+  const float inverse = fits ? 127.f / __uint_as_float(amax) : 0.f;
+  if (threadIdx.x == 0 && t.part == 0) {
+    p.scales[t.m] = make_scale(amax, 127.f).scale;
+    if (p.granularity == Granularity::kClass) p.scales[t.M + t.m] = 0.f;  // of no INT4 channels
+  }
+  const int i = of.index(0), lane = i % kOwners, blocks = int(blockDim.x) / kOwners;
+#pragma unroll
+  for (int j = 0; j < kHeld; ++j) {
+    const int b = i / kOwners + j * blocks;
+    const Codes q = quantise<T>(of.v[j], inverse);
+    const int sum = owners_sum(sum_codes(q));
+    if (b >= t.B) continue;
+    reinterpret_cast<uint2*>(p.codes8)[int64_t{t.row(b)} * kOwners + lane] = {q.lo, q.hi};
+    if (lane == 0) p.sums[t.row(b)] = sum;
+  }
+}
+
+template <class T, class H, int kHeld>
+__device__ inline void quantise_any(const Params& p, Token& t, const H& of) {
   if (!t.per_block) {
     uint32_t mine[2] = {0, 0};
 #pragma unroll
@@ -291,6 +305,23 @@ __global__ __launch_bounds__(kMostThreads) void held(const Params p, const int p
   for (int j = 0; j < kHeld; ++j) emit<T>(p, t, of.index(j), of.v[j]);
 }
 
+template <class T, Source kSource, int kHeld, bool kPure>
+__global__ __launch_bounds__(kMostThreads) void held(const Params p, const int parts_log2) {
+  Token t(p, parts_log2);
+  const bool joined = t.joined(kSource);
+  fetch_parameters(p);
+  if (joined) ptx::cluster_publish();  // this part has started
+  Held<T, kSource, kHeld> of(p, t);
+  ptx::wait_for_previous_grid();
+  ptx::allow_next_grid();
+  if (joined) ptx::cluster_await();
+  of.produce();
+  if constexpr (kPure)
+    quantise_pure<T, Held<T, kSource, kHeld>, kHeld>(p, t, of);
+  else
+    quantise_any<T, Held<T, kSource, kHeld>, kHeld>(p, t, of);
+}
+
 // A token read channel by channel, as often as needed.
 template <class T, Source kSource>
 struct Reread {
@@ -299,7 +330,7 @@ struct Reread {
   float by = 0.f;
 
   __device__ uint16_t channel(const void* base, int64_t stride, int64_t k) const {
-    return static_cast<const uint16_t*>(base)[t.m * stride + k];
+    return static_cast<const uint16_t*>(base)[int64_t{t.m} * stride + k];
   }
   // 8 channels from k0 on, permuted if asked for.
   __device__ Vec gather(const void* base, int64_t stride, int64_t k0, const int32_t* perm) const {
@@ -311,7 +342,7 @@ struct Reread {
     return {make_uint4(w[0], w[1], w[2], w[3])};
   }
   __device__ void scatter(void* base, int64_t k0, const Vec& v) const {
-    auto* to = static_cast<uint16_t*>(base) + t.m * p.K;
+    auto* to = static_cast<uint16_t*>(base) + int64_t{t.m} * p.K;
 #pragma unroll
     for (int i = 0; i < kVec; ++i)
       if (k0 + i < p.K) to[k0 + i] = uint16_t(v.word(i / 2) >> (i % 2 * 16));
@@ -331,7 +362,7 @@ struct Reread {
   }
   // Stores the sum and the norm, and finds the root mean square.
   __device__ void normalise(float* of_block) {
-    const int64_t vectors = t.B * kOwners, trips = ceil_div(vectors, blockDim.x);
+    const int64_t vectors = int64_t{t.B} * kOwners, trips = ceil_div(vectors, blockDim.x);
     for (int64_t j = 0; j < trips; ++j) {  // whole warps, for the shuffles
       const int64_t i = j * blockDim.x + threadIdx.x;
       const Vec h = sum(i * kVec, nullptr);
@@ -340,7 +371,7 @@ struct Reread {
       if (i < vectors && i % kOwners == 0) of_block[i / kOwners] = of;
     }
     __syncthreads();
-    by = inverse_rms(p, t, of_block);
+    by = inverse_rms(p, t, 1.f / float(p.K), of_block);
     if (p.y != nullptr)
       for (int64_t i = threadIdx.x; i < vectors; i += blockDim.x)
         scatter(p.y, i * kVec, value(i * kVec, nullptr));
@@ -350,33 +381,34 @@ struct Reread {
 template <class T, Source kSource>
 __global__ __launch_bounds__(kMostThreads) void reread(const Params p) {
   extern __shared__ float of_block[];
-  Token t(p, 1);
+  Token t(p, 0);
+  fetch_parameters(p);
   ptx::wait_for_previous_grid();
   ptx::allow_next_grid();
   Reread<T, kSource> of{p, t};
   if constexpr (kSource == Source::kRmsNorm) of.normalise(of_block);
-  const int64_t vectors = t.B * kOwners, trips = ceil_div(vectors, blockDim.x);
+  const int vectors = t.B * kOwners, trips = (vectors + int(blockDim.x) - 1) / int(blockDim.x);
   if (!t.per_block) {
     uint32_t mine[2] = {0, 0};
-    for (int64_t i = threadIdx.x; i < vectors; i += blockDim.x) {
-      const uint32_t bits = magnitude<T>(of.value(i * kVec, p.perm));
+    for (int i = threadIdx.x; i < vectors; i += blockDim.x) {
+      const uint32_t bits = magnitude<T>(of.value(int64_t{i} * kVec, p.perm));
       const bool int4 = i / kOwners >= t.B8;
       mine[0] = max(mine[0], int4 ? 0 : bits);
       mine[1] = max(mine[1], int4 ? bits : 0);
     }
     share_scales(p, t, mine);
   }
-  for (int64_t j = 0; j < trips; ++j) {
-    const int64_t i = j * blockDim.x + threadIdx.x;
-    emit<T>(p, t, i, of.value(i * kVec, p.perm));
+  for (int j = 0; j < trips; ++j) {
+    const int i = j * int(blockDim.x) + int(threadIdx.x);
+    emit<T>(p, t, i, of.value(int64_t{i} * kVec, p.perm));
   }
 }
 
 // --- launch
 
-// How a token is spread: over `parts` thread blocks of `threads`, `held` vectors a thread.
+// How a token is spread: over 2^parts_log2 thread blocks of `threads`, `held` vectors a thread.
 struct Shape {
-  int parts, threads, held;
+  int parts_log2, threads, held;
 };
 
 // Few tokens: one vector a thread, and where that is too much for a thread block, several blocks,
@@ -385,26 +417,42 @@ struct Shape {
 static Shape shape_of(const Params& p, bool clusters) {
   constexpr int64_t kSms = 132;
   const int64_t vectors = p.Kp / kVec, few = p.source == Source::kSiluMul ? 256 : 1024;
-  int parts = 1;
-  while (clusters && vectors > few && parts < kMostParts && 2 * parts * p.M <= 2 * kSms &&
-         vectors >= 2 * parts * 128)
-    parts *= 2;
-  const int64_t each = ceil_div(vectors, parts), most = p.source == Source::kPlain ? 4 : 2;
+  int log2 = 0;
+  while (clusters && vectors > few && 2 << log2 <= kMostParts && (p.M << log2) <= kSms &&
+         vectors >= int64_t{256} << log2)
+    ++log2;
+  const int64_t parts = int64_t{1} << log2;
+  const int64_t each = ceil_div(vectors, parts);
+  const int64_t most = p.source == Source::kPlain ? 4 : p.source == Source::kSiluMul ? 2 : 1;
   int threads = int(round_up(each, 32));
-  while (threads > kMostThreads ||
+  const bool gate = p.source == Source::kSiluMul;
+  while (threads > kMostThreads || (gate && threads > 256 && each <= 2 * threads) ||
          (threads > 64 && each <= most * threads && p.M * parts * threads > kSms * 1024))
     threads = int(round_up(threads / 2, 32));
   const int64_t held = ceil_div(each, threads);
-  return {parts, threads, int(held == 3 ? 4 : held > 4 ? 8 : held)};
+  return {log2, threads, int(held == 3 ? 4 : held > 4 ? 8 : held)};
 }
-
-static bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
 // Whether all operands can be read as whole, aligned vectors of 16 bytes.
 static bool whole_vectors(const Params& p) {
+  const auto aligned = [](const void* at) { return reinterpret_cast<uintptr_t>(at) % 16 == 0; };
   return p.perm == nullptr && p.K % kVec == 0 && aligned(p.x) && aligned(p.other) &&
-         (p.M == 1 || (p.stride % kVec == 0 && p.other_stride % kVec == 0)) && aligned(p.weight) && aligned(p.h) &&
-         aligned(p.y) && p.Kp / kBlock <= kMostHeldBlocks;
+         (p.M == 1 || (p.stride % kVec == 0 && p.other_stride % kVec == 0)) && aligned(p.weight) &&
+         aligned(p.h) && aligned(p.y) && p.Kp / kBlock <= kMostHeldBlocks;
+}
+
+template <class T, Source kSource, bool kPure>
+static int launch_held(const Params& p, const Shape& s, const cuda::Launch& l) {
+  switch (s.held) {
+    case 1:
+      return cuda::launch(l, held<T, kSource, 1, kPure>, p, s.parts_log2);
+    case 2:
+      return cuda::launch(l, held<T, kSource, 2, kPure>, p, s.parts_log2);
+    case 4:
+      return cuda::launch(l, held<T, kSource, 4, kPure>, p, s.parts_log2);
+    default:
+      return cuda::launch(l, held<T, kSource, 8, kPure>, p, s.parts_log2);
+  }
 }
 
 template <class T, Source kSource>
@@ -420,19 +468,11 @@ static int launch_source(const Params& p, cuda::Launch l) {
   }
   const Shape s = shape_of(p, hopper);
   const bool alone = kSource != Source::kRmsNorm && p.granularity == Granularity::kBlock;
-  l.grid = dim3(unsigned(p.M * s.parts));
+  l.grid = dim3(unsigned(p.M) << s.parts_log2);
   l.threads = unsigned(s.threads);
-  l.cluster = alone ? 1u : unsigned(s.parts);
-  switch (s.held) {
-    case 1:
-      return cuda::launch(l, held<T, kSource, 1>, p, s.parts);
-    case 2:
-      return cuda::launch(l, held<T, kSource, 2>, p, s.parts);
-    case 4:
-      return cuda::launch(l, held<T, kSource, 4>, p, s.parts);
-    default:
-      return cuda::launch(l, held<T, kSource, 8>, p, s.parts);
-  }
+  l.cluster = alone ? 1u : 1u << s.parts_log2;
+  const bool pure = p.K8 == p.Kp && p.granularity != Granularity::kBlock;
+  return pure ? launch_held<T, kSource, true>(p, s, l) : launch_held<T, kSource, false>(p, s, l);
 }
 
 template <class T>

@@ -1,4 +1,5 @@
-// Torch entries of act_quant and its fused producers, and their out variants: check -> params -> run.
+// Torch entries of act_quant and its fused producers, and their out variants: check -> params ->
+// run.
 #include <optional>
 #include <tuple>
 
@@ -28,6 +29,9 @@ static Params check(const char* op, const Tensor& x, int64_t k8, const std::stri
     refuse(Arg{op, "k8"}, "a multiple of 128 in 0.." + std::to_string(p.Kp) + ", or -1 for all",
            k8);
   check_one_precision(op, p.granularity, p.K8, p.Kp);
+  constexpr int64_t kMostRows = int64_t{1} << 31;  // CUDA counts rows of codes in 32 bits
+  if (x.is_cuda() && p.M * (p.Kp / kBlock) >= kMostRows)
+    refuse(Arg{op, "x"}, "fewer than 2^31 blocks of 128 channels on cuda", describe(x));
   if (p.K > 1 && x.stride(1) != 1)
     refuse(Arg{op, "x"}, "unit stride along K", "stride " + std::to_string(x.stride(1)));
   p.stride = x.stride(0);
@@ -149,7 +153,8 @@ static void rms_norm_quant_out(const Tensor& x, const Tensor& weight, double eps
   const char* op = "rms_norm_quant_out";
   Params p = check_rms_norm(op, x, weight, eps, residual, k8, granularity, perm);
   if (residual.has_value() != h.has_value())
-    refuse(Arg{op, "h"}, residual.has_value() ? "a tensor for x + residual" : "none without residual",
+    refuse(Arg{op, "h"},
+           residual.has_value() ? "a tensor for x + residual" : "none without residual",
            h.has_value() ? "one" : "none");
   if (h.has_value()) {
     check_tensor(Arg{op, "h"}, *h, x.scalar_type(), {p.M, p.K}, x);

@@ -2,7 +2,8 @@
 // the kernel ahead of them has ended. Compiles for every GPU; before sm_90 it does nothing.
 //
 // Rules, which every kernel launched with `programmatic` keeps:
-//   1. every thread block waits (wait_for_previous_grid), also one that has nothing to do, before it
+//   1. every thread block waits (wait_for_previous_grid), also one that has nothing to do, before
+//   it
 //      reads anything but weights and before it writes anything;
 //   2. it lets the next grid start (allow_next_grid) only after that wait.
 // csrc/act_quant/README.md says why that is enough for chains of any length.

@@ -74,4 +74,33 @@ __device__ inline uint32_t magnitude(const Vec& v) {
   return __float_as_uint(to_float(__hmax_nan(most.x, most.y)));
 }
 
+// Codes of 8 channels, a byte each.
+struct Codes {
+  uint32_t lo, hi;
+};
+template <class T>
+__device__ inline Codes quantise(const Vec& v, float inverse) {
+  if (inverse == 0.f) return {0, 0};  // also where a channel is inf or NaN
+  uint32_t q[kVec];
+#pragma unroll
+  for (int i = 0; i < kVec / 2; ++i) {
+    const float2 x = Pair<T>::floats(pair<T>(v, i));
+    q[2 * i] = __float_as_uint(__fadd_rn(__fmul_rn(x.x, inverse), 12582912.f));
+    q[2 * i + 1] = __float_as_uint(__fadd_rn(__fmul_rn(x.y, inverse), 12582912.f));
+  }
+  auto bytes = [&](int i) {
+    return __byte_perm(__byte_perm(q[i], q[i + 1], 0x0040), __byte_perm(q[i + 2], q[i + 3], 0x0040),
+                       0x5410);
+  };
+  return {bytes(0), bytes(4)};
+}
+__device__ inline int sum_codes(Codes c) {
+  return __dp4a(int(c.lo), 0x01010101, __dp4a(int(c.hi), 0x01010101, 0));
+}
+// The low nibbles of 8 bytes, first in the lowest.
+__device__ inline uint32_t nibbles(Codes c) {
+  const uint32_t lo = c.lo & 0x0f0f0f0f, hi = c.hi & 0x0f0f0f0f;
+  return __byte_perm(lo | lo >> 4, hi | hi >> 4, 0x6420);
+}
+
 }  // namespace tessella

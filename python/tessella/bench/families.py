@@ -12,8 +12,9 @@ if TYPE_CHECKING:
     from tessella.bench.suite import Family
 
 FAMILIES: dict[str, str] = {
-    "act_quant": "dynamic quantisation of activations",
+    "act_quant": "dynamic quantisation of activations, alone and after norms and gates",
     "w4ax_gemm": "4-bit linear layers, the kernel alone",
+    "w4ax_chain": "the linear layers of a transformer block in a row, on a GPU",
     "e2e": "prefill and decode of a whole model with random weights",
 }
 """Name and meaning of every family; the module of a family is ``tessella.bench.<name>``."""
@@ -22,19 +23,13 @@ FAMILIES: dict[str, str] = {
 def load(name: str, device: str) -> Family:
     """A family as it is measured on "cpu" or "cuda".
 
-    ``tessella.bench.<name>_<device>`` serves a device whose cases are its own, and has
-    ``run(quick=...)``, a generator of records; else ``family(device)`` of ``tessella.bench.<name>``
-    does.
+    ``tessella.bench.<name>_<device>`` serves a device whose cases are its own, else
+    ``tessella.bench.<name>`` does; both have ``family(device)``, which may be None.
 
     Raises BenchError when the family has no cases for the device.
     """
     own = f"tessella.bench.{name}_{device}"
-    if find_spec(own):
-        from tessella.bench.suite import Family
-
-        run = import_module(own).run
-        return Family(name, device, None, None, {}, (), driver=lambda quick: run(quick=quick))
-    family = import_module(f"tessella.bench.{name}").family(device)
+    family = import_module(own if find_spec(own) else f"tessella.bench.{name}").family(device)
     if family is None:
         raise BenchError(f"{name}: has no cases for {device}")
     return family

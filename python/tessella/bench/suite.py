@@ -17,7 +17,17 @@ import torch
 from tessella.bench import BenchError, ceilings
 from tessella.bench.ceilings import Ceilings
 from tessella.bench.records import Record
-from tessella.bench.timing import BUDGET_S, FEWEST, MOST_S, REPS, Call, Timing, time_cpu, time_cuda
+from tessella.bench.timing import (
+    BUDGET_S,
+    FEWEST,
+    INNER,
+    MOST_S,
+    REPS,
+    Call,
+    Timing,
+    time_cpu,
+    time_cuda,
+)
 
 Case = dict[str, Any]
 
@@ -59,12 +69,14 @@ class Prepared:
         apart: rivals with thread pools of their own, which go on spinning after a call and would
             disturb whatever comes next: each is timed alone, right after the others.
         absent: rivals that cannot run here, and why.
+        inner: calls of one CUDA graph; fewer for long ones.
     """
 
     subjects: Sequence[Subject]
     rivals: Mapping[str, Call]
     apart: Mapping[str, Call] = field(default_factory=dict)
     absent: Mapping[str, str] = field(default_factory=dict)
+    inner: int = INNER
 
 
 @dataclass(frozen=True)
@@ -77,19 +89,16 @@ class Family:
         values: every key that tells records apart, and its possible values.
         calls: names of all subjects and rivals that a case can have.
         fewest, most_s: samples of a call at least, and seconds that one may take at most.
-        driver: measures everything itself instead, given whether to be quick; then there are no
-            `cases`, and a selection only drops records.
     """
 
     name: str
     device: str
-    cases: Callable[[bool], list[Case]] | None
-    prepare: Callable[[Case, Selection], Prepared] | None
+    cases: Callable[[bool], list[Case]]
+    prepare: Callable[[Case, Selection], Prepared]
     values: Mapping[str, Sequence[Any]]
     calls: Sequence[str]
     fewest: int = FEWEST
     most_s: float = MOST_S
-    driver: Callable[[bool], Iterator[Record]] | None = None
 
 
 class Selection:
@@ -154,9 +163,6 @@ def run(
 
     `progress` is called with (done, total, case) before each case.
     """
-    if family.driver is not None:
-        yield from (r for r in family.driver(settings.quick) if settings.selection(r.case))
-        return
     cases = selected(family, settings)
     before = torch.get_num_threads()
     limits: dict[int, Ceilings] = {}  # the best that any case of the run has seen
@@ -182,7 +188,7 @@ def measure(
         calls[s.name] = s.call
         calls |= {f"{s.name}/{part}": call for part, call in s.parts.items()}
     if family.device == "cuda":
-        times = time_cuda(calls, reps=settings.reps)
+        times = time_cuda(calls, inner=prepared.inner, reps=settings.reps)
     else:
         share = settings.budget_s / (len(calls) + len(prepared.apart))
         rules = {"reps": settings.reps, "fewest": family.fewest, "most_s": family.most_s}

@@ -23,7 +23,7 @@ MARK_NOTE = (
 OVER = ("N", "K")
 """Keys that a summary takes the mean over."""
 
-ORDER = ("model", "recipe", "scheme", "act", "phase", "ctx", "threads", "N", "K", "M")
+ORDER = ("op", "model", "recipe", "scheme", "act", "phase", "ctx", "threads", "N", "K", "M")
 """Columns come in this order, other keys before them, and rows are sorted by it."""
 
 

@@ -32,6 +32,18 @@ BUDGET_S = 30.0
 """Seconds for the samples of all variants of a case together."""
 
 
+INNER = 20
+"""Calls in one CUDA graph, unless they are long."""
+
+MOST_INNER_US = 4000.0
+"""Microseconds that the calls of one CUDA graph should take at most."""
+
+
+def inner_calls(us: float) -> int:
+    """How many calls that take about `us` microseconds make a CUDA graph."""
+    return int(min(INNER, max(2, MOST_INNER_US / us)))
+
+
 @dataclass(frozen=True)
 class Timing:
     """Median and minimum in microseconds, interquartile range over median, and samples taken."""
@@ -144,7 +156,7 @@ def _warm_up(call: Callable[..., float], most_s: float) -> float:
 
 
 def time_cuda(
-    variants: Mapping[str, Call], *, inner: int = 20, reps: int = REPS
+    variants: Mapping[str, Call], *, inner: int = INNER, reps: int = REPS
 ) -> dict[str, Timing]:
     """Time variants as CUDA graphs of `inner` calls each, replayed in turn.
 

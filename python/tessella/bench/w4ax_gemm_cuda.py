@@ -4,19 +4,22 @@ Timing "isolated": a CUDA graph of plain launches over rotating weights, activat
 beforehand, programmatic launch off, since identical GEMMs back to back would fetch each other's
 weights early and flatter themselves. Baselines run in the same process, interleaved: cuBLAS bf16,
 cuBLASLt int8 without scales (from 17 tokens up, as torch allows), cuBLAS fp8.
+
+Apart from the kernel each record has the time of quantising its activations, and of both in a row
+with programmatic launch, as a model runs them. How the linears of a block run behind each other is
+the family w4ax_chain.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from tessella import _native, ops
-from tessella.bench import ceilings
-from tessella.bench.records import Record
-from tessella.bench.timing import time_cuda
+from tessella.bench.suite import Case, Family, Prepared, Selection, Subject
+from tessella.bench.timing import Call, inner_calls
 from tessella.formats import W4Weight
 from tessella.testing.force import environment
 
@@ -31,15 +34,20 @@ M_VALUES = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 4096, 8192)
 QUICK_M = (16, 128)
 SCHEMES = ("twolevel", "channel", "g128")
 ROTATE_BYTES = 240 << 20
-MOST_INNER_US = 4000.0  # of one graph, so that large cases do not take minutes
 
 
-def cases(quick: bool) -> Iterator[tuple[int, int, int]]:
-    """(M, N, K) in the order of a run: every M of one weight, then the next weight."""
-    for model, shapes in LINEARS.items():
-        for N, K in shapes if not quick or model == "llama3-8b" else ():
-            for M in QUICK_M if quick else M_VALUES:
-                yield M, N, K
+_act_quant = torch.ops.tessella.act_quant.default
+_w4ax_gemm = torch.ops.tessella.w4ax_gemm.default
+
+
+def cases(quick: bool) -> list[Case]:
+    """The cases of a run: every M of one weight, then the next weight."""
+    return [
+        {"M": M, "N": N, "K": K}
+        for model, shapes in LINEARS.items()
+        for N, K in (shapes if not quick or model == "llama3-8b" else ())
+        for M in (QUICK_M if quick else M_VALUES)
+    ]
 
 
 def random_weights(scheme: str, N: int, K: int, copies: int) -> list[Tensor]:
@@ -98,48 +106,83 @@ def kernel_name(M: int, N: int, K: int, scheme: str) -> str:
     return _native._C.plan_w4ax_gemm_sm90(M, N, K, scheme)["kernel"]
 
 
-def run(*, quick: bool = False, schemes: tuple[str, ...] = SCHEMES) -> Iterator[Record]:
-    """Measure every case; yields one record per scheme as they are done."""
-    limits = ceilings.measure("cuda")
-    last = None
-    with environment(PDL="0"):
-        for M, N, K in cases(quick):
-            if last != (N, K):
-                last, rivals, weights = (N, K), None, None
-                rivals = Rivals(N, K)
-                copies = max(2, -(-ROTATE_BYTES // (N * K // 2)))
-                weights = {s: random_weights(s, N, K, copies) for s in schemes}
-            yield from measure(M, N, K, weights, rivals, limits)
+def plainly(call: Call) -> Call:
+    """The call without programmatic launch; it is captured, so switching costs no time."""
+
+    def run(i: int) -> object:
+        with environment(PDL="0"):
+            return call(i)
+
+    return run
 
 
-def measure(M, N, K, weights, rivals, limits) -> Iterator[Record]:
-    """One record per scheme of one case, all timed together."""
+class _Shape:
+    """Weights of one shape, ours and the rivals'."""
+
+    def __init__(self, N: int, K: int):
+        self.N, self.K = N, K
+        self.rivals = Rivals(N, K)
+        self._packed: dict[str, list[Tensor]] = {}
+
+    def packed(self, scheme: str) -> list[Tensor]:
+        """Packed weights, more than the caches hold."""
+        if scheme not in self._packed:
+            copies = max(2, -(-ROTATE_BYTES // (self.N * self.K // 2)))
+            self._packed[scheme] = random_weights(scheme, self.N, self.K, copies)
+        return self._packed[scheme]
+
+
+_shape: _Shape | None = None
+"""The shape of the last case, kept for the next one."""
+
+
+def prepare(case: Case, selection: Selection) -> Prepared:
+    """All selected schemes of a case, and the rivals."""
+    global _shape
+    M, N, K = case["M"], case["N"], case["K"]
+    if _shape is None or (_shape.N, _shape.K) != (N, K):
+        _shape = None  # frees the old weights first
+        _shape = _Shape(N, K)
     x = torch.randn(M, K, device="cuda", dtype=torch.bfloat16)
-    a = ops.act_quant(x)
-    x8 = a.codes8.transpose(0, 1).reshape(M, -1)[:, :K].contiguous()
+    codes8 = _act_quant(x, -1, "token", None)[0]
+    x8 = codes8.transpose(0, 1).reshape(M, -1)[:, :K].contiguous()
+    return Prepared(
+        [_subject(_shape, x, s) for s in SCHEMES if selection({"scheme": s})],
+        _shape.rivals.calls(x, x8),
+        inner=inner_calls(max(5.0, 2.0 * M * N * K / 6e8)),
+    )
 
-    def ours(scheme: str) -> Callable[[int], object]:
-        blobs = weights[scheme]
-        return lambda i: torch.ops.tessella.w4ax_gemm(
-            a.codes8, a.codes4, a.sums, a.scales, blobs[i % len(blobs)], scheme, N, "token", None,
-            torch.bfloat16,
-        )  # fmt: skip
 
-    variants = {s: ours(s) for s in weights} | rivals.calls(x, x8)
-    guess_us = max(5.0, 2.0 * M * N * K / 6e8)
-    inner = int(min(20, max(2, MOST_INNER_US / guess_us)))
-    times = time_cuda(variants, inner=inner)
-    baselines = {name: times[name].us for name in times if name not in weights}
-    for scheme, blobs in weights.items():
-        t = times[scheme]
-        moved = blobs[0].numel() + M * (a.Kp + 2 * N + 4)
-        yield Record(
-            "w4ax_gemm",
-            kernel_name(M, N, K, scheme),
-            {"M": M, "N": N, "K": K, "scheme": scheme, "act": "int8", "timing": "isolated"},
-            t.us,
-            limits.roofline_us(moved, M * N * K),
-            baselines,
-            {"best_us": round(t.best_us, 3), "tops": round(2e-6 * M * N * K / t.us, 1)},
-            t.spread,
-        )
+def _subject(shape: _Shape, x: Tensor, scheme: str) -> Subject:
+    (M, K), N, blobs = x.shape, shape.N, shape.packed(scheme)
+    given = _act_quant(x, -1, "token", None)
+
+    def gemm(acts: tuple[Tensor, ...], i: int) -> Tensor:
+        blob = blobs[i % len(blobs)]
+        return _w4ax_gemm(*acts, blob, scheme, N, "token", None, torch.bfloat16)
+
+    return Subject(
+        name=scheme,
+        kernel=kernel_name(M, N, K, scheme),
+        case={"scheme": scheme, "act": "int8", "timing": "isolated"},
+        call=plainly(lambda i: gemm(given, i)),
+        nbytes=blobs[0].numel() + M * (K + 2 * N + 4),
+        macs=M * N * K,
+        parts={
+            "quant": lambda i: _act_quant(x, -1, "token", None),
+            "with_quant": lambda i: gemm(_act_quant(x, -1, "token", None), i),
+        },
+    )
+
+
+def family(device: str) -> Family:
+    """w4ax_gemm on "cuda"."""
+    full = cases(quick=False)
+    return Family(
+        "w4ax_gemm",
+        device,
+        cases,
+        prepare,
+        {k: sorted({c[k] for c in full}) for k in ("M", "N", "K")} | {"scheme": list(SCHEMES)},
+        [*SCHEMES, "cublas_bf16", "cublas_fp8", "cublaslt_int8"],
+    )
