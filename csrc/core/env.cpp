@@ -60,6 +60,10 @@ static Env read_env() {
   if (!programmatic.empty() && programmatic != "0" && programmatic != "1")
     e.error = unknown("TESSELLA_PDL", programmatic, {"0", "1"});
   e.programmatic = programmatic != "0";
+  const std::string tune = read("TESSELLA_TUNE");
+  if (!tune.empty() && tune != "0" && tune != "1")
+    e.error = unknown("TESSELLA_TUNE", tune, {"0", "1"});
+  e.tuned = tune != "0";
   return e;
 }
 

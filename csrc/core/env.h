@@ -3,6 +3,7 @@
 //   TESSELLA_CPU_ISA=avx2              the best instruction set to use (a cap, for tests)
 //   TESSELLA_FORCE=w4ax_gemm.avx2.wide one kernel per family, comma-separated
 //   TESSELLA_PDL=0                     no programmatic dependent launch on Hopper
+//   TESSELLA_TUNE=0                    no tables of `tessella tune`: what the planner says
 //   TESSELLA_LOG=plan                  print each new problem and the plan chosen for it, once
 #pragma once
 #include <string>
@@ -17,6 +18,7 @@ struct Env {
   std::vector<std::string> force;
   bool log_plan = false;
   bool programmatic = true;
+  bool tuned = true;
   std::string error;  // what is wrong with a variable, naming the valid values
 };
 

@@ -4,15 +4,18 @@
 
 #include <array>
 
+#include "core/tuned.h"
+
 namespace tessella::cuda {
 
 struct Device {
   int sms = 0;
-  int arch = 0;  // 10 * major + minor
+  int arch = 0;       // 10 * major + minor
+  uint64_t name = 0;  // tuned_name
 };
 
 // The current device.
-inline Device this_device() {
+inline const Device& this_device() {
   constexpr int kMost = 64;
   static const std::array<Device, kMost> devices = [] {
     std::array<Device, kMost> all{};
@@ -24,6 +27,9 @@ inline Device this_device() {
       cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, i);
       cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, i);
       all[i].arch = 10 * major + minor;
+      cudaDeviceProp properties;
+      if (cudaGetDeviceProperties(&properties, i) == cudaSuccess)
+        all[i].name = tuned_name(properties.name);
     }
     return all;
   }();

@@ -7,6 +7,7 @@
 #include <string>
 
 #include "core/env.h"
+#include "core/tuned.h"
 #include "cuda/device.h"
 #include "w4ax_gemm/kernels.h"
 #include "w4ax_gemm/params.h"
@@ -34,6 +35,27 @@ static bool hopper_takes(const Params& p) {
          reinterpret_cast<uintptr_t>(p.x8) % 16 == 0;
 }
 
+// What was measured to be best for this problem, else what the planner says.
+static Sm90Plan choose(const GpuProblem& problem) {
+  constexpr uint64_t kFamily = tuned_name("w4ax_gemm");
+  constexpr uint64_t kSchemes[] = {tuned_name("channel"), tuned_name("g128"),
+                                   tuned_name("twolevel")};  // as Scheme counts them
+  const TunedChoice* choice =
+      tuned({cuda::this_device().name, kFamily, kSchemes[int(problem.scheme)], problem.N,
+             problem.Kp, tuned_tokens(problem.M)});
+  if (choice == nullptr) return plan_sm90(problem);
+  const int tokens = forced_tokens(choice->kernel), split = choice->split;
+  const bool known = tokens > 0 && split >= 1 && (split & (split - 1)) == 0;
+  const Sm90Plan plan = known ? plan_sm90_with(problem, tokens, split) : Sm90Plan{};
+  if (plan.stages == 0)
+    throw std::runtime_error(choice->source + ": '" + choice->kernel + "' with split " +
+                             std::to_string(split) + " cannot run M=" + std::to_string(problem.M) +
+                             " N=" + std::to_string(problem.N) +
+                             " K=" + std::to_string(problem.Kp) +
+                             "; `tessella tune` makes the table anew, TESSELLA_TUNE=0 ignores it");
+  return plan;
+}
+
 int run_cuda(const Params& p, void* stream) {
   if (!env().error.empty()) throw std::runtime_error(env().error);
   const std::string forced = env().force.empty() ? "" : forced_kernel("w4ax_gemm");
@@ -41,7 +63,7 @@ int run_cuda(const Params& p, void* stream) {
   const bool plain = forced == "w4ax_gemm.sm80.plain";
   if (!plain && hopper_takes(p)) {
     const GpuProblem problem{p.M, p.panel.N, p.panel.Kp, p.panel.scheme, cuda::this_device().sms};
-    const Sm90Plan plan = plan_sm90(problem, tokens);
+    const Sm90Plan plan = tokens > 0 ? plan_sm90(problem, tokens) : choose(problem);
     if (plan.stages > 0) {
       if (env().log_plan) log_plan(to_string(problem, plan));
       if constexpr (kHasSm90) return run_sm90(p, plan, env().programmatic, stream);

@@ -10,7 +10,7 @@ from repo.tree import Tree, rule
 
 _BASE = {"_version", "formats", "layout"}
 _ALGORITHM = _BASE | {"ref"}
-_RUNTIME = _ALGORITHM | {"_native", "ops"}
+_RUNTIME = _ALGORITHM | {"_native", "ops", "tuned"}
 _MODELS = _RUNTIME | {"quant", "mla"}
 
 MAY_IMPORT: dict[str, set[str]] = {
@@ -20,8 +20,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "_ops": set(),
     "formats": set(),
     "layout": {"formats"},
+    "tuned": {"_native"},
     "ref": {"formats", "layout"},
-    "ops": {"_native", "formats", "layout", "ref"},
+    "ops": {"_native", "formats", "layout", "ref", "tuned"},
     "quant": _ALGORITHM,
     "mla": _ALGORITHM,
     "testing": _RUNTIME,

@@ -1,9 +1,9 @@
 """Cases of act_quant and its fused producers: activations of Llama-3-8B's linears, INT8.
 
 The limit is memory: 2 bytes read an operand and 1 written a channel (and 2 for the residual sum
-behind a norm), plus scales and sums. Rivals: the same written with torch's ops (compiled where the
-device is a GPU), and a copy of the first operand. On a GPU calls follow each other with programmatic
-launch, as they follow a model's products.
+behind a norm), plus scales and sums. Rivals: the same written with torch's ops (compiled where
+the device is a GPU), and a copy of the first operand. On a GPU calls follow each other with
+programmatic launch, as they follow a model's products.
 """
 
 from __future__ import annotations

@@ -192,9 +192,7 @@ def prepare(case: Case, selection: Selection) -> Prepared:
     torch._dynamo.reset()  # each M is compiled for itself
     block, M = BLOCKS[case["model"]], case["M"]
     subjects = [
-        _subject(Chain(block, scheme, M), M)
-        for scheme in SCHEMES
-        if selection({"scheme": scheme})
+        _subject(Chain(block, scheme, M), M) for scheme in SCHEMES if selection({"scheme": scheme})
     ]
     rivals: dict[str, Callable] = {name: RivalChain(block, name, M) for name in RIVALS}
     us = max(40.0, 2.0 * M * block.weights() / 6e8)

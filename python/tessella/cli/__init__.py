@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from tessella.cli import bench, demo, eval, generate, info, plan, quantize
+from tessella.cli import bench, demo, eval, generate, info, plan, quantize, tune
 
 app = typer.Typer(
     name="tessella",
@@ -24,6 +24,7 @@ app.command("generate")(generate.generate)
 app.command("eval")(eval.evaluate)
 app.add_typer(plan.app, name="plan")
 app.add_typer(bench.app, name="bench")
+app.command("tune")(tune.tune)
 
 
 def _print_version(wanted: bool) -> None:

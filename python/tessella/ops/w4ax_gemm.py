@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tessella import layout
+from tessella import layout, tuned
 from tessella.formats import ActBlocks, PackedW4, W4Weight
 from tessella.ops._register import define, refuse_gradient
 from tessella.ref import w4ax_gemm as ref
@@ -154,3 +154,4 @@ define(
     ref=_ref_gemm_out,
     fake=lambda *_: None,
 )
+tuned.install()
