@@ -10,16 +10,7 @@ import torch
 
 from command import one_object, refused, run
 from tessella import _native
-from tessella.bench import (
-    BenchError,
-    e2e,
-    families,
-    records,
-    report,
-    suite,
-    tables,
-    timing,
-)
+from tessella.bench import BenchError, e2e, families, records, report, suite, tables, timing
 from tessella.bench import rivals as rival_kinds
 from tessella.bench.records import Record
 from tessella.bench.suite import Family, Prepared, Selection, Settings, Subject
@@ -172,11 +163,6 @@ def test_a_device_may_have_cases_of_its_own(monkeypatch):
     monkeypatch.setattr(families, "find_spec", lambda name: name == "tessella.bench.toy_cuda")
     monkeypatch.setattr(families, "import_module", lambda name: module)
     assert families.load("toy", "cuda") == ("cuda", "own")
-
-
-@pytest.mark.parametrize("us, calls", [(1.0, 20), (200.0, 20), (1000.0, 4), (1e6, 2)])
-def test_graphs_of_long_calls_have_few(us, calls):
-    assert timing.inner_calls(us) == calls
 
 
 # ---------------------------------------------------------------- what is timed
@@ -407,7 +393,7 @@ def test_report_refuses_damaged_results(text, words, tmp_path):
 
 
 @needs_native
-@pytest.mark.parametrize("name", families.FAMILIES)
+@pytest.mark.parametrize("name", [n for n in families.FAMILIES if (n, "cpu") not in MISSING])
 def test_quick_run(name, tmp_path):
     args = ("--quick", "--out", tmp_path, "--threads", 1, "--budget", 0.3, "--json")
     done = run("bench", name, *args)

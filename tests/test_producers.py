@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 
 from tessella import _native, ops
+from tessella.formats import ActBlocks
+from tessella.ops.act_quant import empty_blocks
 from tessella.ref import act_quant as ref
 from tessella.ref.w4ax_gemm import act_codes
 from tessella.testing.cases import random_activations
@@ -13,6 +17,7 @@ from tessella.testing.force import force, runnable
 from tessella.testing.poison import assert_untouched, guarded
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+stand_ins = importlib.import_module("tessella.ops.act_quant")
 KERNELS = runnable("act_quant") or [""]
 pytestmark = pytest.mark.skipif(not _native.HAS_OPS, reason="needs the compiled kernels")
 
@@ -137,6 +142,44 @@ def test_bad_input(op, args, text):
         getattr(ops, op)(*args)
 
 
+@pytest.mark.parametrize("native", (True, False))
+def test_out_variants(native, rng):
+    """The caller's buffers get what the functional ops give, in kernels and references."""
+    x, r = (random_activations(5, 300, torch.bfloat16, rng) for _ in range(2))
+    w = torch.rand(300, generator=rng).bfloat16()
+    how = 128, "class", None
+    blocks = empty_blocks(x, 128, "class")
+    y, h = torch.empty_like(x), torch.empty_like(x)
+    tessella = torch.ops.tessella
+    norm, gate = tessella.rms_norm_quant_out, tessella.silu_mul_quant_out
+    if not native:
+        norm, gate = stand_ins._ref_rms_norm_out, stand_ins._ref_silu_mul_out
+    norm(x, w, 1e-5, r, *how, *blocks, y, h)
+    want_y, want_h = ref.rms_norm(x, w, 1e-5, r)
+    assert torch.equal(h, want_h) and torch.allclose(y.float(), want_y.float(), rtol=2**-6)
+    want = ops.act_quant(y, k8=128, granularity="class")
+    for got, field in zip(blocks, ("codes8", "codes4", "sums", "scales"), strict=True):
+        assert torch.equal(got, getattr(want, field))
+    norm(x, w, 1e-5, None, *how, *blocks, None, None)
+    assert_nearly_same_codes(
+        ActBlocks(*blocks, "class"), ref.act_quant(ref.rms_norm(x, w, 1e-5)[0], 128, "class")
+    )
+    gate(x, r, *how, *blocks)
+    assert_nearly_same_codes(
+        ActBlocks(*blocks, "class"), ref.act_quant(ref.silu_mul(x, r), 128, "class")
+    )
+
+
+@pytest.mark.parametrize("residual, text", ((True, "h: expected a tensor"), (False, "got one")))
+def test_the_sum_goes_where_there_is_one(residual, text):
+    x = torch.ones(2, 128)
+    args = (x, torch.ones(128), 1e-5, x.clone() if residual else None, -1, "token", None)
+    with pytest.raises(RuntimeError, match=text):
+        torch.ops.tessella.rms_norm_quant_out(
+            *args, *empty_blocks(x, -1, "token"), None, None if residual else torch.empty_like(x)
+        )
+
+
 def test_opcheck(rng):
     x = random_activations(3, 200, torch.bfloat16, rng)
     w = torch.ones(200).bfloat16()
@@ -145,5 +188,10 @@ def test_opcheck(rng):
         torch.library.opcheck(torch.ops.tessella.rms_norm_quant.default, args)
     args = (x, x.clone(), -1, "token", None)
     torch.library.opcheck(torch.ops.tessella.silu_mul_quant.default, args)
+    blocks = empty_blocks(x, -1, "token")
+    args = (x, w, 1e-5, x.clone(), -1, "token", None, *blocks, None, torch.empty_like(x))
+    torch.library.opcheck(torch.ops.tessella.rms_norm_quant_out.default, args)
+    args = (x, x.clone(), -1, "token", None, *blocks)
+    torch.library.opcheck(torch.ops.tessella.silu_mul_quant_out.default, args)
     with pytest.raises(RuntimeError, match="for inference and has no gradient"):
         ops.silu_mul_quant(x.requires_grad_(), x)

@@ -96,7 +96,7 @@ def test_shipped_tables_are_sound():
 def test_cases():
     found = measuring.cases(["llama3-8b"], ["twolevel", "g128"], [8, 64])
     assert len(found) == 4 * 2 * 2 and found[1] == found[0] | {"M": 64}
-    with pytest.raises(BenchError, match="model: expected one of llama3-8b, .* got 'gpt'"):
+    with pytest.raises(BenchError, match=r"model: expected one of llama3-8b, .* got 'gpt'"):
         measuring.cases(["gpt"], ["twolevel"], [8])
     assert measuring.worth({"us": 90, "planner_us": 100})
     assert not measuring.worth({"us": 99, "planner_us": 100})

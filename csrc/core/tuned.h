@@ -44,7 +44,8 @@ struct TunedCase {
 const TunedChoice* tuned(const TunedCase& problem);
 
 // Replaces all tables. Lines of `source device family scheme N K M kernel split`, separated by
-// tabs, or `error message` where a table could not even be read. Returns what is wrong with them, or an empty string; then tuned() throws it.
+// tabs, or `error message` where a table could not even be read. Returns what is wrong with them,
+// or an empty string; tuned() throws what is wrong.
 const std::string& set_tuned(const std::string& text);
 
 }  // namespace tessella
