@@ -90,7 +90,9 @@ Sm90Plan plan_sm90(const GpuProblem& problem, int tokens) {
     }
     for (const Sm90Cut& cut : {Sm90Cut{t}, {t, 1, true}, {t, 2}, {t, 4}, {t, 8}}) {
       const Sm90Plan p = plan_sm90_with(problem, cut);
-      if (p.stages == 0) continue;
+      // parts of K are there to fill one wave; more waves of them would only be joined more often
+      if (p.stages == 0 || (cut.split > 1 && p.tiles > clusters_at_once(problem.sms, cut.split, 1)))
+        continue;
       const double us = estimate(problem, p);
       if (best.stages == 0 || us < least) best = p, least = us;
     }
