@@ -80,6 +80,7 @@ static py::dict plan_w4ax_gemm_sm90(int64_t M, int64_t N, int64_t K, const std::
   d["features"] = w4ax_gemm::Sm90Tile{plan.tokens, s}.features();
   d["stages"] = plan.stages;
   d["split"] = plan.split;
+  d["whole"] = plan.whole;
   d["tiles"] = plan.tiles;
   d["grid"] = plan.grid;
   d["smem"] = plan.smem;

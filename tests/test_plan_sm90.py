@@ -29,7 +29,11 @@ def test_plan_is_legal(M, N, K, scheme, sms, tokens):
         assert p["stages"] == 0  # no such body
         return
     assert tokens in (0, p["tokens"])
-    assert p["tiles"] == -(-N // p["features"]) * -(-M // p["tokens"])
+    units = -(-N // p["features"]) * -(-M // p["tokens"])
+    assert 0 <= p["whole"] <= units and p["tiles"] == 2 * units - p["whole"]
+    if p["whole"] < units:  # halves are for the last wave of a tile that has a half
+        assert p["tokens"] >= 128 and p["split"] == 1
+        assert p["whole"] == units // sms * sms
     assert 2 <= p["stages"] <= 16 and p["smem"] <= SMEM
     assert p["split"] in (1, 2, 4, 8) and p["split"] <= -(-K // 128)
     assert p["grid"] == p["tiles"] * p["split"] if p["split"] > 1 else 1 <= p["grid"] <= p["tiles"]
@@ -41,3 +45,10 @@ def test_a_few_tokens_are_not_padded_to_many(M, N, K):
     """A tile has fewer than twice the tokens there are, or is the smallest."""
     p = _native._C.plan_w4ax_gemm_sm90(M, N, K)
     assert p["tokens"] == 8 or p["tokens"] < 2 * M
+
+
+def test_last_wave_in_halves():
+    """134 tiles on 132 SMs: two are cut rather than given a wave of their own."""
+    p = _native._C.plan_w4ax_gemm_sm90(300, 8576, 4096, tokens=256)
+    assert (p["whole"], p["tiles"], p["grid"]) == (132, 136, 132)
+    assert "the last 4 of them halves" in p["text"]

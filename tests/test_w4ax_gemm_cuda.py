@@ -104,6 +104,22 @@ def test_integers_are_exact(kernel, scheme, rng):
                 assert torch.equal(got.cpu(), exact), f"M{M} N{N} K{K}"
 
 
+@pytest.mark.parametrize("kernel", [k for k in HOPPER if k.endswith(("t128", "t256"))])
+@pytest.mark.parametrize("scheme", FAST)
+def test_last_wave(kernel, scheme, rng):
+    """More tiles than SMs: whole ones, then, where the planner says so, halves of them."""
+    if not takes(kernel, scheme):
+        pytest.skip("no such body")
+    for M, N, K in ((300, 8576, 256), (300, 5760, 256), (700, 5768, 128)):
+        a = quantised(M, K, rng)
+        a = ActBlocks(a.codes8, a.codes4, a.sums, torch.ones_like(a.scales), "token")
+        w = random_weight(scheme, N, K, rng, unit_scales=True)
+        exact = (act_codes(a).double() @ w4_dequant(w).T).to(torch.bfloat16)
+        with force(kernel):
+            got = ops.w4ax_gemm(to_gpu(a), ops.w4_pack(to_gpu(w)))
+        assert torch.equal(got.cpu(), exact), f"M{M} N{N} K{K}"
+
+
 @pytest.mark.parametrize("kernel", HOPPER)
 def test_virtual_padding(kernel, rng):
     """Rows that do not exist change nothing: the first M rows of a larger batch are bit-equal."""

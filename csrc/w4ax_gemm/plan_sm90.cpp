@@ -4,25 +4,29 @@
 
 namespace tessella::w4ax_gemm {
 
-Sm90Plan plan_sm90_with(const GpuProblem& problem, int tokens, int split) {
-  const Sm90Tile tile{tokens, problem.scheme};
-  Sm90Plan p{tokens, 0, split, 0, 0, 0};
+Sm90Plan plan_sm90_with(const GpuProblem& problem, const Sm90Cut& cut) {
+  const Sm90Tile tile{cut.tokens, problem.scheme};
+  Sm90Plan p{cut.tokens, 0, cut.split, 0, 0, 0, 0};
   const int64_t blocks = problem.Kp / 128;
-  const bool totals_fit = problem.scheme != Scheme::kGroup || tokens <= 128;
-  if (split > tile.most_split() || split > blocks || !totals_fit) return p;
-  p.tiles = int(ceil_div(problem.N, tile.features()) * ceil_div(problem.M, tokens));
-  const int slots = problem.sms * tile.blocks_per_sm();
-  p.grid = split > 1 ? p.tiles * split : std::min(p.tiles, slots);
+  const bool totals_fit = problem.scheme != Scheme::kGroup || cut.tokens <= 128;
+  if (cut.split > tile.most_split() || cut.split > blocks || !totals_fit ||
+      (cut.halves && (cut.split > 1 || !tile.halves())))
+    return p;
+  const int64_t units = ceil_div(problem.N, tile.features()) * ceil_div(problem.M, cut.tokens);
+  const int64_t at_once = int64_t{problem.sms} * tile.blocks_per_sm();
+  p.whole = int(cut.halves ? units / at_once * at_once : units);
+  p.tiles = int(2 * units) - p.whole;
+  p.grid = cut.split > 1 ? p.tiles * cut.split : int(std::min<int64_t>(p.tiles, at_once));
   // Few blocks per SM get deeper rings: what counts is the bytes in flight.
   const int resident = std::min(tile.blocks_per_sm(), int(ceil_div(p.grid, problem.sms)));
   const int room = kSm90SmemPerSm / std::max(resident, 1) - kSm90SmemReserved;
   const int stage = tile.smem_bytes(1, 1) - tile.smem_bytes(0, 1);
-  const int least = tile.least_stages(split);
-  const int64_t loads = ceil_div(ceil_div(blocks, split), tile.chunk());
-  p.stages = std::min({(room - tile.fixed_bytes(split)) / stage, kSm90MostStages,
+  const int least = tile.least_stages(cut.split);
+  const int64_t loads = ceil_div(ceil_div(blocks, cut.split), tile.chunk());
+  p.stages = std::min({(room - tile.fixed_bytes(cut.split)) / stage, kSm90MostStages,
                        int(std::max<int64_t>(least, loads))});
   if (p.stages < least) p.stages = 0;
-  p.smem = tile.smem_bytes(p.stages, split);
+  p.smem = tile.smem_bytes(p.stages, cut.split);
   return p;
 }
 
@@ -34,12 +38,12 @@ static int64_t clusters_at_once(int sms, int split, int blocks_per_sm) {
 
 // Few tokens: reading the weights is all there is, so what counts is that every SM reads at once.
 static int split_of_small(const GpuProblem& problem, int tokens) {
-  const Sm90Plan whole = plan_sm90_with(problem, tokens, 1);
+  const Sm90Plan whole = plan_sm90_with(problem, {tokens});
   const Sm90Tile tile{tokens, problem.scheme};
   for (int split : {8, 4, 2})
     if (whole.tiles <= clusters_at_once(problem.sms, split, 2) &&
         problem.Kp / 128 >= int64_t{tile.chunk()} * split &&
-        plan_sm90_with(problem, tokens, split).stages > 0)
+        plan_sm90_with(problem, {tokens, split}).stages > 0)
       return split;
   return 1;
 }
@@ -49,26 +53,30 @@ struct Cost {
   double block;  // 128 channels of one tile
   double store;  // its results
   double join;   // adding up the parts of K
+  double half;   // `block` of half a tile
 };
-static Cost cost_of(const GpuProblem& problem, int tokens) {
-  const bool group = problem.scheme == Scheme::kGroup;
-  if (tokens == 64) return {group ? 0.40 : 0.215, 0.6, 1.5};
-  if (tokens == 128) return {group ? 0.75 : 0.335, 1.1, 2.2};
-  return {0.595, 2.1, 0};
+static Cost cost_of(Scheme scheme, int tokens) {
+  const bool group = scheme == Scheme::kGroup;
+  if (tokens == 64) return {group ? 0.42 : 0.25, 0.6, 1.5, 0};
+  if (tokens == 128) return {group ? 0.52 : 0.365, 1.25, 2.0, group ? 0.45 : 0.33};
+  return {0.66, 2.6, 0, 0.365};
 }
 
 // Estimated time of a plan with a large tile in us; only the order of such estimates matters.
 static double estimate(const GpuProblem& problem, const Sm90Plan& p) {
-  constexpr double kLaunch = 3.1, kL2BytesPerUs = 7.5e6, kReadBytesPerUs = 4.3e6;
+  constexpr double kLaunch = 2.4, kL2BytesPerUs = 7.8e6, kReadBytesPerUs = 4.3e6;
   const Sm90Tile tile{p.tokens, problem.scheme};
-  const Cost cost = cost_of(problem, p.tokens);
-  const int64_t blocks = problem.Kp / 128;
-  const double rounds = double(ceil_div(p.tiles, clusters_at_once(problem.sms, p.split, 1)));
+  const int64_t blocks = problem.Kp / 128, halves = p.tiles - p.whole;
+  const Cost cost = cost_of(problem.scheme, p.tokens);
   const double each = double(ceil_div(blocks, p.split)) * cost.block + cost.store;
-  const double loads = double(blocks) * (tile.weight_bytes() + tile.act_bytes()) / tile.chunk();
+  const int64_t at_once = clusters_at_once(problem.sms, p.split, 1);
+  const double waves =
+      double(ceil_div(p.whole, at_once)) * (each + (p.split > 1 ? cost.join : 0)) +
+      double(ceil_div(halves, at_once)) * (double(blocks) * cost.half + cost.store / 2);
+  const double loads = double(blocks) / tile.chunk() *
+                       (p.tiles * tile.weight_bytes() + (p.whole + halves / 2.) * tile.act_bytes());
   const double read = double(problem.N * problem.Kp / 2);
-  return kLaunch + std::max({rounds * (each + (p.split > 1 ? cost.join : 0)),
-                             p.tiles * loads / kL2BytesPerUs, read / kReadBytesPerUs});
+  return kLaunch + std::max({waves, loads / kL2BytesPerUs, read / kReadBytesPerUs});
 }
 
 Sm90Plan plan_sm90(const GpuProblem& problem, int tokens) {
@@ -78,11 +86,13 @@ Sm90Plan plan_sm90(const GpuProblem& problem, int tokens) {
     if (tokens > 0 ? t != tokens : t > 8 && t / 2 >= problem.M) continue;
     if (!Sm90Tile{t, problem.scheme}.large()) {
       if (tokens == 0 && t < problem.M) continue;
-      return plan_sm90_with(problem, t, split_of_small(problem, t));
+      return plan_sm90_with(problem, {t, split_of_small(problem, t)});
     }
-    for (int split : {1, 2, 4, 8}) {
-      const Sm90Plan p = plan_sm90_with(problem, t, split);
-      if (p.stages == 0) continue;
+    for (const Sm90Cut& cut : {Sm90Cut{t}, {t, 1, true}, {t, 2}, {t, 4}, {t, 8}}) {
+      const Sm90Plan p = plan_sm90_with(problem, cut);
+      // parts of K are there to fill one wave; more waves of them would only be joined more often
+      if (p.stages == 0 || (cut.split > 1 && p.tiles > clusters_at_once(problem.sms, cut.split, 1)))
+        continue;
       const double us = estimate(problem, p);
       if (best.stages == 0 || us < least) best = p, least = us;
     }
@@ -95,7 +105,10 @@ std::string to_string(const GpuProblem& problem, const Sm90Plan& plan) {
          " K=" + std::to_string(problem.Kp) + " sms=" + std::to_string(problem.sms) + " -> tile t" +
          std::to_string(plan.tokens) + ", split " + std::to_string(plan.split) + ", " +
          std::to_string(plan.stages) + " stages, " + std::to_string(plan.grid) + " blocks for " +
-         std::to_string(plan.tiles) + " tiles";
+         std::to_string(plan.tiles) + " tiles" +
+         (plan.whole < plan.tiles
+              ? ", the last " + std::to_string(plan.tiles - plan.whole) + " of them halves"
+              : "");
 }
 
 }  // namespace tessella::w4ax_gemm

@@ -2,7 +2,8 @@
 //
 // A thread block computes 64 or 128 features x `tokens` tokens over its part of K, with a ring of
 // `stages` loads in flight. The blocks of a cluster split K between them and add their sums.
-// Without a split the grid is persistent: a block takes tiles in turn.
+// Without a split the grid is persistent: a block takes tiles in turn, and those that would not
+// fill a last wave may be cut in halves.
 #pragma once
 #include <string>
 
@@ -21,6 +22,7 @@ struct Sm90Plan {
   int stages;  // ring depth
   int split;   // thread blocks of a cluster that split a tile's K: 1, 2, 4 or 8
   int tiles;   // of features x tokens
+  int whole;   // of those, the ones before the last wave; the others have half of the tokens
   int grid;    // thread blocks
   int smem;    // bytes of shared memory of a thread block
 };
@@ -46,6 +48,7 @@ struct Sm90Tile {
   constexpr int weight_bytes() const { return chunk() * warpgroups() * block_bytes(); }
   constexpr int act_bytes() const { return chunk() * tokens * 128; }
   constexpr int most_split() const { return tokens <= 128 ? 8 : 1; }
+  constexpr bool halves() const { return tokens >= 128; }
   // Blocks that end up with a part of a split tile, each with whole 8-token columns.
   constexpr int owners(int split) const { return split < tokens / 8 ? split : tokens / 8; }
   constexpr int reduce_bytes(int split) const {
@@ -76,8 +79,14 @@ struct Sm90Tile {
 constexpr int kSm90MostStages = 16;
 constexpr int kSm90SmemPerSm = 227 * 1024, kSm90SmemReserved = 1024;
 
-// The plan with this token tile and split; 0 stages if there is none.
-Sm90Plan plan_sm90_with(const GpuProblem& problem, int tokens, int split);
+// How a problem is cut.
+struct Sm90Cut {
+  int tokens, split = 1;
+  bool halves = false;  // in the last wave
+};
+
+// The plan with this cut; 0 stages if there is none.
+Sm90Plan plan_sm90_with(const GpuProblem& problem, const Sm90Cut& cut);
 
 // The plan of choice; with `tokens` > 0 among those of this token tile.
 Sm90Plan plan_sm90(const GpuProblem& problem, int tokens = 0);

@@ -12,7 +12,7 @@
 
 namespace tessella::w4ax_gemm {
 
-using Kernel = void(const CUtensorMap, const CUtensorMap, const sm90::Args);
+using Kernel = void(const CUtensorMap, const CUtensorMap, const CUtensorMap, const sm90::Args);
 
 template <int kTokens>
 static Kernel* kernel_of(Scheme scheme) {
@@ -46,11 +46,10 @@ static sm90::Args arguments(const Params& p, const Sm90Plan& plan, bool programm
   a.token_tiles = int(ceil_div(p.M, plan.tokens));
   a.feature_tiles = int(ceil_div(p.panel.N, tile.features()));
   a.tiles = plan.tiles;
+  a.whole = plan.whole;
   a.stages = plan.stages;
-  a.programmatic = programmatic;
   a.split = plan.split;
-  for (; 1 << a.split_log2 < plan.split; ++a.split_log2) {
-  }
+  a.programmatic = programmatic;
   a.dtype = p.dtype;
   a.vector = p.panel.N % 8 == 0 && reinterpret_cast<uintptr_t>(p.out) % 16 == 0;
   return a;
@@ -61,9 +60,11 @@ int run_sm90(const Params& p, const Sm90Plan& plan, bool programmatic, void* str
   const Sm90Tile tile{plan.tokens, p.panel.scheme};
   const sm90::Args args = arguments(p, plan, programmatic);
   // codes8 [K/128][M][128], a box of one load's codes of the tile's tokens; the result [M][N]
-  CUtensorMap acts, out{};
-  int error = cuda::tensor_map(&acts, p.x8, 1, {128, p.M, p.panel.blocks()},
-                               {128, plan.tokens, tile.chunk()});
+  CUtensorMap acts, half{}, out{};
+  const int64_t sizes[] = {128, p.M, p.panel.blocks()};
+  int error = cuda::tensor_map(&acts, p.x8, 1, sizes, {128, plan.tokens, tile.chunk()});
+  if (error == 0 && plan.whole < plan.tiles)
+    error = cuda::tensor_map(&half, p.x8, 1, sizes, {128, plan.tokens / 2, 1});
   if (error == 0 && args.vector)
     error = cuda::tensor_map(&out, p.out, 2, {p.panel.N, p.M}, {64, tile.box_tokens(plan.split)});
   if (error != 0) return error;
@@ -83,7 +84,7 @@ int run_sm90(const Params& p, const Sm90Plan& plan, bool programmatic, void* str
   config.stream = static_cast<cudaStream_t>(stream);
   config.attrs = attributes;
   config.numAttrs = programmatic ? 2 : 1;
-  return int(cudaLaunchKernelEx(&config, kernel, acts, out, args));
+  return int(cudaLaunchKernelEx(&config, kernel, acts, half, out, args));
 }
 
 }  // namespace tessella::w4ax_gemm

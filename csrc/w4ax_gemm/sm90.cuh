@@ -33,8 +33,9 @@ struct Args {
   void* out;
   int64_t panel_bytes, M;
   int N, blocks, panels;
-  int token_tiles, feature_tiles, tiles;
-  int stages, split, split_log2;
+  int token_tiles, feature_tiles;
+  int tiles, whole;  // tiles past the first `whole` have half of the tokens
+  int stages, split;
   DType dtype;
   bool programmatic;  // the previous grid may still run
   bool vector;        // rows of the result are whole, aligned 16-byte vectors
@@ -52,8 +53,12 @@ struct Tile {
   static constexpr int kActBytes = kTile.act_bytes(), kWeightBytes = kTile.weight_bytes();
   static constexpr int kColumns = kT / 8, kAcc = kT / 2;  // 8-token columns; accumulators a thread
   static constexpr int kStaged = kTile.staged_tokens(), kStagingBytes = kStaged * 128;
+  static constexpr int kBuffers = kTile.staging_buffers();
   static constexpr bool kGroup = kS == Scheme::kGroup;
 };
+
+// Floor of the logarithm of a small number.
+__device__ inline int log2_of(int x) { return 31 - __clz(x); }
 
 // Shared memory, by address; offsets follow Sm90Tile::smem_bytes.
 template <class T>
@@ -75,7 +80,7 @@ struct Shared {
         reduced(token_empty + 8) {}
   // 8-token columns of an owner, as a power of two, and their bytes.
   __device__ static int owned_log2(const Args& a) {
-    return a.split < T::kColumns ? __ffs(T::kColumns) - 1 - a.split_log2 : 0;
+    return a.split < T::kColumns ? log2_of(T::kColumns) - log2_of(a.split) : 0;
   }
   __device__ static int part_bytes(const Args& a) { return T::kMath * 16 << owned_log2(a); }
 };
@@ -84,28 +89,35 @@ struct Shared {
 struct Place {
   int cluster, clusters, part;
 
-  __device__ explicit Place(const Args& a)
-      : cluster(int(blockIdx.x) >> a.split_log2),
-        clusters(int(gridDim.x) >> a.split_log2),
-        part(int(blockIdx.x) & (a.split - 1)) {}
+  __device__ explicit Place(const Args& a) {
+    const int log2 = log2_of(a.split);
+    cluster = int(blockIdx.x) >> log2;
+    clusters = int(gridDim.x) >> log2;
+    part = int(blockIdx.x) & (a.split - 1);
+  }
 };
 
 struct Work {
   int m0, panel, b0, b1;  // first token, first panel, blocks of 128 channels
+  bool half;              // of a token tile
 
   // Groups of 8 token tiles go over all features before the next group: what is read at about the
   // same time stays small enough for L2.
   template <class T>
   __device__ static Work of(const Args& a, const Place& at, int tile) {
-    int row = 0, column = tile;
+    const int log2 = log2_of(a.split), past = tile - a.whole;
+    const bool half = T::kTile.halves() && past >= 0;
+    const int unit = half ? a.whole + past / 2 : tile;
+    int row = 0, column = unit;
     if (a.token_tiles > 1) {
-      const int per_group = 8 * a.feature_tiles, first = tile / per_group * 8;
-      const int rows = min(8, a.token_tiles - first), in = tile % per_group;
+      const int per_group = 8 * a.feature_tiles, first = unit / per_group * 8;
+      const int rows = min(8, a.token_tiles - first), in = unit % per_group;
       row = first + in % rows;
       column = in / rows;
     }
-    return {row * T::kTokens, column * T::kWarpgroups, a.blocks * at.part >> a.split_log2,
-            a.blocks * (at.part + 1) >> a.split_log2};
+    const int m0 = row * T::kTokens + (half ? past % 2 * (T::kTokens / 2) : 0);
+    return {m0, column * T::kWarpgroups, a.blocks * at.part >> log2,
+            a.blocks * (at.part + 1) >> log2, half};
   }
 };
 
@@ -131,6 +143,7 @@ struct Loader {
   const Place& at;
   const Shared<T>& s;
   const CUtensorMap* map;
+  const CUtensorMap* half_map;
 
   __device__ void weights(const Work& w, int b, int stage) const {
     const uint32_t full = s.full + stage * 8, to = s.weights + stage * T::kWeightBytes;
@@ -143,9 +156,9 @@ struct Loader {
     if (two) ptx::copy_bulk(to + T::kWeightBytes / 2, from + a.panel_bytes, bytes, full);
   }
   __device__ void acts(const Work& w, int b, int stage) const {
-    const uint32_t full = s.full + stage * 8;
-    ptx::barrier_arrive_expect(full, T::kActBytes);
-    ptx::copy_box(s.acts + stage * T::kActBytes, map, 0, w.m0, b, full);
+    const uint32_t full = s.full + stage * 8, to = s.acts + stage * T::kActBytes;
+    ptx::barrier_arrive_expect(full, w.half ? T::kActBytes / 2 : T::kActBytes);
+    ptx::copy_box(to, w.half ? half_map : map, 0, w.m0, b, full);
   }
   // What can be fetched before the block is set up and the previous grid is done: weights for the
   // whole ring. If it is done, all of the first stage, not to queue activations behind weights.
@@ -293,21 +306,22 @@ struct Math {
   }
 
   // Integer sums over block `i` of a stage; `add` false starts them from zero.
-  __device__ void multiply(int32_t (&acc)[T::kAcc], Fragments& f, int stage, int i,
-                           bool add) const {
+  template <int kAcc>
+  __device__ void multiply(int32_t (&acc)[kAcc], Fragments& f, int stage, int i, bool add) const {
     const uint64_t x =
         ptx::swizzled_rows(s.acts + stage * T::kActBytes + i * (T::kActBytes / T::kChunk));
     ptx::settle(f);
     ptx::wgmma_fence();
 #pragma unroll
     for (int k = 0; k < 4; ++k)
-      ptx::Wgmma<T::kTokens, T::kGroup>::run(acc, f[k], x + 2 * k, k > 0 || add);
+      ptx::Wgmma<2 * kAcc, T::kGroup>::run(acc, f[k], x + 2 * k, k > 0 || add);
     ptx::wgmma_commit();
   }
 
   // Channel and two-level: a block's products run on while the next one is decoded into the other
   // registers. Everything in the loops is unconditional, or ptxas serialises all wgmma.
-  __device__ void step(int32_t (&acc)[T::kAcc], Fragments& f, bool first) {
+  template <int kAcc>
+  __device__ void step(int32_t (&acc)[kAcc], Fragments& f, bool first) {
     ptx::barrier_wait(s.full + ring.stage * 8, ring.parity);
     decode(load(ring.stage, 0), f);
     multiply(acc, f, ring.stage, 0, true);
@@ -315,7 +329,8 @@ struct Math {
     if (!first) release(before(ring.stage));
     ring.next(a.stages);
   }
-  __device__ void sum_single_blocks(const Work& w, int32_t (&acc)[T::kAcc]) {
+  template <int kAcc>
+  __device__ void sum_single_blocks(const Work& w, int32_t (&acc)[kAcc]) {
     Fragments f[2];
     int b = w.b0;
 #pragma unroll 1
@@ -330,7 +345,8 @@ struct Math {
     }
     release(before(ring.stage));
   }
-  __device__ void sum_chunks(const Work& w, int32_t (&acc)[T::kAcc]) {
+  template <int kAcc>
+  __device__ void sum_chunks(const Work& w, int32_t (&acc)[kAcc]) {
     Fragments f[2];
     int b = w.b0;
 #pragma unroll 1
@@ -359,35 +375,62 @@ struct Math {
     release(ring.stage);
     ring.next(a.stages);
   }
-  __device__ void sum_blocks(const Work& w, int32_t (&acc)[T::kAcc]) {
+  template <int kAcc>
+  __device__ void sum_blocks(const Work& w, int32_t (&acc)[kAcc]) {
 #pragma unroll
-    for (int i = 0; i < T::kAcc; ++i) acc[i] = 0;
+    for (int i = 0; i < kAcc; ++i) acc[i] = 0;
     if constexpr (T::kChunk == 1)
       sum_single_blocks(w, acc);
     else
       sum_chunks(w, acc);
   }
 
-  // g128: the sums of each block become fp32 at once.
-  __device__ void sum_blocks(const Work& w, float (&total)[T::kAcc]) {
-    int32_t acc[T::kAcc];
+  // g128: the sums of each block become fp32 at once, at best while the other warpgroup multiplies.
+  // The next block's codes are read, and may be decoded, while this one's products run.
+  struct Group {
     Fragments f;
+    float scale[2];
+    int stage, i;
+  };
+  // The block at `ring` and `i`.
+  __device__ void take(Group& g, int i) const {
+    ptx::barrier_wait(s.full + ring.stage * 8, ring.parity);
+    const Packed p = load(ring.stage, i);
+    g.stage = ring.stage;
+    g.i = i;
+    g.scale[0] = half_bits(p.meta & 0xffff);
+    g.scale[1] = half_bits(p.meta >> 16);
+    decode(p, g.f);
+  }
+  template <bool kMore, int kAcc>
+  __device__ void group_step(float (&total)[kAcc], int32_t (&acc)[kAcc], Group& g, Group& next) {
+    multiply(acc, g.f, g.stage, g.i, false);
+    const bool last = !kMore || g.i + 1 == T::kChunk;  // of its stage
+    if (last) ring.next(a.stages);
+    if constexpr (kMore) take(next, last ? 0 : g.i + 1);
+    ptx::wgmma_wait<0>();
+    if (last) release(g.stage);
 #pragma unroll
-    for (int i = 0; i < T::kAcc; ++i) total[i] = 0.f;
-#pragma unroll 1
-    for (int b = w.b0; b < w.b1; b += T::kChunk, ring.next(a.stages)) {
-      ptx::barrier_wait(s.full + ring.stage * 8, ring.parity);
-#pragma unroll 1
-      for (int i = 0; i < T::kChunk && b + i < w.b1; ++i) {
-        const Packed p = load(ring.stage, i);
-        const float scale[2] = {half_bits(p.meta & 0xffff), half_bits(p.meta >> 16)};
-        decode(p, f);
-        multiply(acc, f, ring.stage, i, false);
-        ptx::wgmma_wait<0>();
+    for (int j = 0; j < kAcc; ++j) total[j] += float(acc[j]) * g.scale[j / 2 % 2];
+  }
+  template <int kAcc>
+  __device__ void sum_blocks(const Work& w, float (&total)[kAcc]) {
+    int32_t acc[kAcc];
+    Group g[2];
 #pragma unroll
-        for (int j = 0; j < T::kAcc; ++j) total[j] += float(acc[j]) * scale[j / 2 % 2];
-      }
-      release(ring.stage);
+    for (int i = 0; i < kAcc; ++i) total[i] = 0.f, acc[i] = 0;
+    take(g[0], 0);
+    int b = w.b0;
+#pragma unroll 1
+    for (; b + 2 < w.b1; b += 2) {
+      group_step<true>(total, acc, g[0], g[1]);
+      group_step<true>(total, acc, g[1], g[0]);
+    }
+    if (b + 1 < w.b1) {
+      group_step<true>(total, acc, g[0], g[1]);
+      group_step<false>(total, acc, g[1], g[0]);
+    } else {
+      group_step<false>(total, acc, g[0], g[1]);
     }
   }
 
@@ -531,7 +574,7 @@ struct Math {
 
   __device__ void finish_parts(const Work& w, Features& f, Total (&total)[T::kAcc]) const {
     const int owned = Shared<T>::owned_log2(a), rows = 8 << owned, first = at.part * rows;
-    const uint32_t staging = s.staging + warpgroup * T::kTile.staging_buffers() * T::kStagingBytes;
+    const uint32_t staging = s.staging + warpgroup * T::kBuffers * T::kStagingBytes;
     fold_zeros(f, total);
     ptx::cluster_wait();
     send_parts(total, owned);
@@ -542,22 +585,24 @@ struct Math {
     if (first < T::kTokens) store(w, w.m0 + first, rows, staging + first % T::kStaged * 128);
   }
 
+  // A tile of kTokens: a token tile or half of one.
+  template <int kTokens>
   __device__ void tile(const Work& w) {
-    Total total[T::kAcc];
+    Total total[kTokens / 2];
     // the first stage is there, so the previous grid is done: everything may be read now
     ptx::barrier_wait(s.full + ring.stage * 8, ring.parity);
     Features f = features(w);
     sum_blocks(w, total);
     ptx::barrier_wait(s.token_full, token_parity);
     token_parity ^= 1;
-    if constexpr (T::kTile.most_split() > 1)
+    if constexpr (T::kTile.most_split() > 1 && kTokens == T::kTokens)
       if (a.split > 1) return finish_parts(w, f, total);
-    constexpr int kBuffers = T::kTile.staging_buffers(), kColumnsEach = T::kStaged / 8;
+    constexpr int kColumnsEach = T::kStaged / 8;
 #pragma unroll
-    for (int pass = 0; pass < T::kTokens / T::kStaged; ++pass) {
+    for (int pass = 0; pass < kTokens / T::kStaged; ++pass) {
       const uint32_t staging =
-          s.staging + (warpgroup * kBuffers + pass % kBuffers) * T::kStagingBytes;
-      ptx::store_wait_read<kBuffers - 1>();
+          s.staging + (warpgroup * T::kBuffers + pass % T::kBuffers) * T::kStagingBytes;
+      ptx::store_wait_read<T::kBuffers - 1>();
       ptx::named_barrier(1 + warpgroup, 128);
       Tokens of[kColumnsEach];  // all loads first: they would wait for one another's stores
 #pragma unroll
@@ -577,7 +622,15 @@ struct Math {
 
   __device__ void run() {
 #pragma unroll 1
-    for (int t = at.cluster; t < a.tiles; t += at.clusters) tile(Work::of<T>(a, at, t));
+    for (int t = at.cluster; t < a.tiles; t += at.clusters) {
+      const Work w = Work::of<T>(a, at, t);
+      if constexpr (T::kTile.halves())
+        if (w.half) {
+          tile<T::kTokens / 2>(w);
+          continue;
+        }
+      tile<T::kTokens>(w);
+    }
     ptx::store_wait_read<0>();  // copies still read shared memory, which ends with this block
   }
 };
@@ -604,6 +657,7 @@ __device__ void init_barriers(const Args& a, const Shared<T>& s) {
 template <class T>
 __global__ __launch_bounds__(T::kThreads,
                              T::kBlocksPerSm) void gemm(const __grid_constant__ CUtensorMap map,
+                                                        const __grid_constant__ CUtensorMap half,
                                                         const __grid_constant__ CUtensorMap out,
                                                         const __grid_constant__ Args a) {
   extern __shared__ __align__(1024) uint8_t shared_memory[];
@@ -617,7 +671,7 @@ __global__ __launch_bounds__(T::kThreads,
   if (warp == kMathWarps) {
     if (first_lane) ptx::prefetch_map(&map);
     init_barriers(a, s);
-    if (first_lane) early = Loader<T, true, !kLarge>{a, at, s, &map}.start();
+    if (first_lane) early = Loader<T, true, !kLarge>{a, at, s, &map, &half}.start();
   }
   __syncthreads();
   if (a.split > 1) ptx::cluster_arrive();  // started, barriers ready
@@ -626,9 +680,11 @@ __global__ __launch_bounds__(T::kThreads,
     Math<T>(a, at, s, &out).run();
   } else {
     if constexpr (kLarge) ptx::fewer_registers<40>();
-    if (warp == kMathWarps && first_lane) Loader<T, true, !kLarge>{a, at, s, &map}.run(early);
+    if (warp == kMathWarps && first_lane)
+      Loader<T, true, !kLarge>{a, at, s, &map, &half}.run(early);
     if constexpr (kLarge)
-      if (warp == kMathWarps + 2 && first_lane) Loader<T, false, true>{a, at, s, &map}.run(early);
+      if (warp == kMathWarps + 2 && first_lane)
+        Loader<T, false, true>{a, at, s, &map, &half}.run(early);
     if (warp == kMathWarps + 1) token_warp(a, at, s);
     if (a.split > 1) {
       ptx::cluster_wait();
