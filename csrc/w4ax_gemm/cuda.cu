@@ -46,7 +46,7 @@ static Sm90Plan choose(const GpuProblem& problem) {
   if (choice == nullptr) return plan_sm90(problem);
   const int tokens = forced_tokens(choice->kernel), split = choice->split;
   const bool known = tokens > 0 && split >= 1 && (split & (split - 1)) == 0;
-  const Sm90Plan plan = known ? plan_sm90_with(problem, tokens, split) : Sm90Plan{};
+  const Sm90Plan plan = known ? plan_sm90_with(problem, {tokens, split}) : Sm90Plan{};
   if (plan.stages == 0)
     throw std::runtime_error(choice->source + ": '" + choice->kernel + "' with split " +
                              std::to_string(split) + " cannot run M=" + std::to_string(problem.M) +
