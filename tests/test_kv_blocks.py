@@ -9,6 +9,9 @@ import pytest
 from tessella.kv.blocks import BlockTable, CacheFullError
 from tessella.kv.prefix import PrefixTree
 
+OPERATIONS = {"grow": 40, "open": 12, "fork": 12, "truncate": 12, "free": 14, "publish": 10}
+"""How often each is drawn."""
+
 
 class Fuzz:
     """Random operations on a block table, and what should come of them.
@@ -23,14 +26,12 @@ class Fuzz:
         self.memory = [[None] * Z for _ in range(P)]
         self.model: dict[int, list[int]] = {}
         self.prompts: list[list[int]] = []
-        self.done = dict.fromkeys(self.OPERATIONS, 0)
+        self.done = dict.fromkeys(OPERATIONS, 0)
         self.refused = 0
         self.reused = 0
 
-    OPERATIONS = {"grow": 40, "open": 12, "fork": 12, "truncate": 12, "free": 14, "publish": 10}
-
     def step(self) -> None:
-        name = self.rng.choices(list(self.OPERATIONS), list(self.OPERATIONS.values()))[0]
+        name = self.rng.choices(list(OPERATIONS), list(OPERATIONS.values()))[0]
         if name != "open" and not self.model:
             name = "open"
         self.done[name] += 1

@@ -11,7 +11,7 @@ from repo.tree import Tree, rule
 _BASE = {"_version", "formats", "formats_kv", "layout", "layout_kv"}
 _ALGORITHM = _BASE | {"ref"}
 _RUNTIME = _ALGORITHM | {"_native", "ops"}
-_MODELS = _RUNTIME | {"quant", "mla"}
+_MODELS = _RUNTIME | {"quant", "mla", "kv"}
 
 MAY_IMPORT: dict[str, set[str]] = {
     "_version": set(),
@@ -26,6 +26,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "ops": _ALGORITHM - {"_version"} | {"_native"},
     "quant": _ALGORITHM,
     "mla": _ALGORITHM,
+    "kv": _RUNTIME | {"quant"},
     "testing": _RUNTIME,
     "bench": _MODELS | {"models", "integrations", "testing"},
     "models": _MODELS,

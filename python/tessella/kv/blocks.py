@@ -31,6 +31,12 @@ class BlockPool:
         """Blocks without a holder."""
         return len(self._free)
 
+    def extend(self, more: int) -> None:
+        """Add free blocks, numbered on from the last."""
+        P = len(self.holders)
+        self.holders += [0] * more
+        self._free[:0] = range(P + more - 1, P - 1, -1)
+
     def take(self) -> int:
         """A free block, held once; the caller has made sure that there is one."""
         block = self._free.pop()
@@ -144,17 +150,24 @@ class BlockTable:
         """
         if len(set(handles)) != len(handles) or min(counts, default=0) < 0:
             raise ValueError("kv cache: grow: expected different sequences and counts >= 0")
-        needed = sum(self._blocks_to_grow(h, n) for h, n in zip(handles, counts, strict=True))
-        if needed > self.pool.free and needed > self.available:
-            raise CacheFullError(
-                f"kv cache: full: {sum(counts)} tokens need {needed} more pages of {self.Z}, "
-                f"expected at most the {self.available} of {len(self.pool.holders)} that are free"
-            )
+        self.reserve(self.needed(handles, counts), sum(counts))
         slots: list[int] = []
         copies: list[tuple[int, int]] = []
         for handle, n in zip(handles, counts, strict=True):
             slots += self._extend(self[handle], n, copies)
         return Growth(slots, copies)
+
+    def needed(self, handles: list[int], counts: list[int]) -> int:
+        """Blocks that :meth:`grow` with these arguments takes at most."""
+        return sum(self._blocks_to_grow(h, n) for h, n in zip(handles, counts, strict=True))
+
+    def reserve(self, blocks: int, tokens: int) -> None:
+        """Raise CacheFullError if so many blocks, wanted for so many tokens, cannot be had."""
+        if blocks > self.pool.free and blocks > self.available:
+            raise CacheFullError(
+                f"kv cache: full: {tokens} tokens need {blocks} more pages of {self.Z}, "
+                f"expected at most the {self.available} of {len(self.pool.holders)} that are free"
+            )
 
     def clear(self) -> None:
         """Forget every sequence and every prefix."""

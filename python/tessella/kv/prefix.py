@@ -1,7 +1,7 @@
 """What earlier prompts began with: a tree of blocks, found again token by token.
 
-A node is a block with the ids of its tokens; a path from the root is a prefix. Only full blocks have
-children. A new prompt follows full blocks as long as they agree, and then takes the block that
+A node is a block with the ids of its tokens; a path from the root is a prefix. Only full blocks
+have children. A new prompt follows full blocks as long as they agree, and then takes the block that
 agrees longest with what is left, although it may hold other tokens behind that: the new sequence is
 that much shorter, and copies the block when it writes into it (XY-Serve's token-wise reuse).
 
