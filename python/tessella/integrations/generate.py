@@ -56,6 +56,7 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
     stop_at_eos: bool = True,
+    kv: str | None = None,
     on_text: Callable[[str], None] | None = None,
 ) -> Generation:
     """Complete one prompt with ``model.generate``.
@@ -70,6 +71,8 @@ def generate(
         top_p: sample among the likeliest tokens that hold this share of the probability, (0, 1].
         seed: of the sampling, which leaves torch's global generators as they were.
         stop_at_eos: False generates exactly `max_new_tokens` (for timing).
+        kv: codec of a paged cache, a name of :mod:`tessella.quant.kv`; None: what the checkpoint
+            was converted for, else a cache of plain tensors.
         on_text: called with each piece of new text as soon as it is final.
 
     Settings not named here (repetition penalty, for one) come from the checkpoint's
@@ -96,7 +99,7 @@ def generate(
             attention_mask=torch.ones_like(ids_1S),
             max_new_tokens=max_new_tokens,
             pad_token_id=_pad_id(model, tokenizer),
-            past_key_values=_cache(model),
+            past_key_values=_cache(model, kv),
             streamer=streamer,
             **sampling,
         )
@@ -172,10 +175,14 @@ def _check_room(model: nn.Module, prompt_tokens: int, max_new_tokens: int) -> No
         )
 
 
-def _cache(model: nn.Module):
-    """One that grows in place for a converted model; None: what the model would take itself."""
+def _cache(model: nn.Module, kv: str | None):
+    """Paged if there is a codec; else one that grows in place for a converted model, else None."""
     from tessella.integrations import attention
     from tessella.integrations.cache import growing_cache
+    from tessella.integrations.paged import checkpoint_codec, paged_cache
+
+    if codec := kv or checkpoint_codec(model):
+        return paged_cache(model, codec)
 
     ours = getattr(model.config, "_attn_implementation", None) == attention.NAME
     return growing_cache(model.config) if ours else None
