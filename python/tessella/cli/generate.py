@@ -25,6 +25,21 @@ def generate(
         float, typer.Option(help="Sample among tokens with this share of the probability.")
     ] = 1.0,
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    kv: Annotated[
+        str | None,
+        typer.Option(
+            help="Codec of a paged cache: bf16, int8, kv4, kv4-hadamard ...; default: what the "
+            "checkpoint was converted for, else a cache of plain tensors."
+        ),
+    ] = None,
+    speculate: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Draft up to so many tokens a step from what the text repeats, and verify them "
+            "as a tree in one step; same text, fewer steps. Needs temperature 0.",
+        ),
+    ] = 0,
     device: DeviceOption = Device.cpu,
     dtype: DTypeOption = DType.auto,
     json: Json = False,
@@ -33,16 +48,20 @@ def generate(
     """Continue a prompt; text on stdout as it comes, speed on stderr.
 
     JSON: text, tokens (new ones), tok_s (after the first token),
-    prompt_tokens, prefill_tok_s.
+    prompt_tokens, prefill_tok_s, steps (of the model, with --speculate; else null).
 
     \b
     Examples:
       tessella generate ./model-w4a8 --prompt "def fibonacci(n):"
       tessella generate ./model-w4a8 --chat --prompt "Why is the sky blue?" --temperature 0.7
+      tessella generate ./model --kv kv4 --prompt "def main(" --max-new-tokens 200
+      tessella generate ./model-w4a8kv4 --prompt "def main(" --speculate 16
       cat story.txt | tessella generate ./model-w4a8 --prompt - --json
     """
     if not 0 < top_p <= 1:
         raise typer.BadParameter(f"expected within (0, 1], got {top_p}", param_hint="--top-p")
+    if speculate and temperature:
+        raise typer.BadParameter("needs --temperature 0", param_hint="--speculate")
     with session(json=json, debug=debug) as s:
         text = _read_stdin() if prompt == "-" else prompt
         lm, tokenizer = load_model(model, device, dtype)
@@ -57,14 +76,17 @@ def generate(
             temperature=temperature,
             top_p=top_p,
             seed=seed,
+            kv=kv,
+            speculate=speculate,
             on_text=None if json else _print_piece,
         )
         if not json:
             print()
+        steps = "" if result.steps is None else f" in {result.steps} steps"
         decode = "" if result.tok_s is None else f", then {result.tok_s:,.1f} tok/s"
         s.note(
             f"prompt {result.prompt_tokens} tokens at {result.prefill_tok_s:,.1f} tok/s; "
-            f"{result.tokens} new tokens{decode}"
+            f"{result.tokens} new tokens{steps}{decode}"
         )
         s.answer(
             {
@@ -73,6 +95,7 @@ def generate(
                 "tok_s": result.tok_s,
                 "prompt_tokens": result.prompt_tokens,
                 "prefill_tok_s": result.prefill_tok_s,
+                "steps": result.steps,
             }
         )
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import Cache
 
 LOGIT_ELEMENTS = 1 << 24
 """Most logits held in fp32 at a time (64 MiB), whatever the size of the vocabulary."""
@@ -105,6 +106,7 @@ def perplexity(
     reference: nn.Module | None = None,
     limit_tokens: int | None = None,
     progress: Callable[[int, int], None] | None = None,
+    cache: Callable[[], Cache] | None = None,
 ) -> EvalResult:
     """Score `docs` with a Hugging Face causal LM, and compare it with a reference in one pass.
 
@@ -115,6 +117,8 @@ def perplexity(
         ctx: tokens in a window, 2 up to what the models' positions allow.
         limit_tokens: predict only the first so many tokens of the documents.
         progress: called with (tokens done, tokens in all) after each window.
+        cache: makes an empty cache, through which the model (not the reference) reads each
+            window: its tokens attend to what the cache keeps of them and of those before.
 
     Logits are made a few rows at a time (:data:`LOGIT_ELEMENTS`) for models whose logits are the
     output embedding of the last hidden state, which is verified, not assumed; others hold the
@@ -138,6 +142,7 @@ def perplexity(
         raise EvaluationError("perplexity: the text holds no token to predict")
     total = sum(len(w.targets) for w in windows)
     scorers = [_Scorer(m, windows[0].inputs[:8]) for m in models]
+    scorers[0].cache = cache
     sums = []
     done = 0
     for w in windows:
@@ -161,6 +166,7 @@ class _Scorer:
     def __init__(self, model: nn.Module, probe: Tensor):
         """`probe`: a few token ids, on which splitting off the head is tried."""
         self.model = model
+        self.cache: Callable[[], Cache] | None = None
         self.name = getattr(model, "name_or_path", "") or type(model).__name__
         self.head = self._split_head(probe.to(model.device)[None])
 
@@ -179,9 +185,12 @@ class _Scorer:
     def hidden(self, inputs_n: Tensor) -> Tensor:
         """What :meth:`logits` turns into logits: [n, hidden], or [n, V] of an unsplit model."""
         ids = inputs_n.to(self.model.device)[None]
+        through = {"use_cache": False}
+        if self.cache is not None:
+            through = {"use_cache": True, "past_key_values": self.cache()}
         if self.head is None:
-            return self.model(input_ids=ids, use_cache=False).logits[0]
-        return self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
+            return self.model(input_ids=ids, **through).logits[0]
+        return self.model.base_model(input_ids=ids, **through).last_hidden_state[0]
 
     def log_probs(self, rows: Tensor) -> Tensor:
         """fp32 log-probabilities [rows, V] of some rows of :meth:`hidden`, on the CPU or GPU."""

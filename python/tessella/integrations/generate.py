@@ -28,6 +28,8 @@ class Generation:
     """From the prompt entering the model to the first new token."""
     decode_seconds: float
     """From the first new token to the last."""
+    steps: int | None = None
+    """Passes of the model, when several tokens may come of one."""
 
     @property
     def tokens(self) -> int:
@@ -57,6 +59,7 @@ def generate(
     seed: int = 0,
     stop_at_eos: bool = True,
     kv: str | None = None,
+    speculate: int = 0,
     on_text: Callable[[str], None] | None = None,
 ) -> Generation:
     """Complete one prompt with ``model.generate``.
@@ -73,6 +76,9 @@ def generate(
         stop_at_eos: False generates exactly `max_new_tokens` (for timing).
         kv: codec of a paged cache, a name of :mod:`tessella.quant.kv`; None: what the checkpoint
             was converted for, else a cache of plain tensors.
+        speculate: tokens drafted for each step from what the text repeats, and verified as a tree
+            in one pass (:mod:`tessella.integrations.runner`); the text is that of temperature 0.
+            Settings of ``generation_config.json`` other than its end tokens are not used then.
         on_text: called with each piece of new text as soon as it is final.
 
     Settings not named here (repetition penalty, for one) come from the checkpoint's
@@ -90,19 +96,26 @@ def generate(
         sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
     if not stop_at_eos:
         sampling["eos_token_id"] = None
+    if speculate and temperature > 0:
+        raise GenerationError(f"generate: speculate: expected temperature 0, got {temperature}")
     streamer = _TimedStreamer(tokenizer, on_text)
     cuda = [model.device] if model.device.type == "cuda" else []
     with torch.inference_mode(), torch.random.fork_rng(devices=cuda):
         torch.manual_seed(seed)
-        model.generate(
-            ids_1S,
-            attention_mask=torch.ones_like(ids_1S),
-            max_new_tokens=max_new_tokens,
-            pad_token_id=_pad_id(model, tokenizer),
-            past_key_values=_cache(model, kv),
-            streamer=streamer,
-            **sampling,
-        )
+        if speculate:
+            eos = _end_ids(model) if stop_at_eos else frozenset()
+            steps = _speculate(model, ids_1S, max_new_tokens, kv, speculate, eos, streamer)
+        else:
+            steps = None
+            model.generate(
+                ids_1S,
+                attention_mask=torch.ones_like(ids_1S),
+                max_new_tokens=max_new_tokens,
+                pad_token_id=_pad_id(model, tokenizer),
+                past_key_values=_cache(model, kv),
+                streamer=streamer,
+                **sampling,
+            )
     start, first, last = streamer.times[0], streamer.times[1], streamer.times[-1]
     return Generation(
         text=tokenizer.decode(streamer.ids, skip_special_tokens=True),
@@ -110,7 +123,35 @@ def generate(
         prompt_tokens=ids_1S.shape[1],
         prefill_seconds=first - start,
         decode_seconds=last - first,
+        steps=steps,
     )
+
+
+def _speculate(
+    model: nn.Module,
+    ids_1S: Tensor,
+    max_new_tokens: int,
+    kv: str | None,
+    drafts: int,
+    eos: frozenset[int],
+    streamer: _TimedStreamer,
+) -> int:
+    """Generate through the runner; the number of its steps."""
+    from tessella.integrations.runner import Runner
+
+    room = ids_1S.shape[1] + max_new_tokens + drafts
+    runner = Runner(model, codec=kv, tokens=room, speculate=drafts, eos=eos, sequences=1)
+    streamer.put(ids_1S)
+    prompt = ids_1S[0].tolist()
+    runner.submit(prompt, max_new_tokens, lambda token: streamer.put(torch.tensor([token])))
+    steps = runner.run().steps
+    streamer.end()
+    return steps
+
+
+def _end_ids(model: nn.Module) -> frozenset[int]:
+    eos = model.generation_config.eos_token_id
+    return frozenset(eos if isinstance(eos, list) else [] if eos is None else [eos])
 
 
 class _TimedStreamer(TextStreamer):

@@ -77,8 +77,7 @@ class PagedKVCache:
         self.codec = parse(codec) if isinstance(codec, str) else codec
         self.shape = shape
         format_ = self.codec.pages
-        if format_ is not None:
-            format_.groups(shape.D)  # refuses a head dim that is not whole groups
+        self.codec.check(shape.D)
         fitted = self.codec.fit_tokens > 0
         rows = sequences if fitted or self.codec.by_channel else 1
         common = {"page_size": page_size, "sequences": rows, "grows": grows}

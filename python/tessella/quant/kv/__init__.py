@@ -74,6 +74,17 @@ class CacheCodec:
         """Whether K is coded a full page at a time."""
         return self.pages is not None and self.pages.k_axis == "channel"
 
+    def check(self, D: int) -> None:
+        """Raise CodecError unless heads of D channels can be coded this way."""
+        if self.pages is None:
+            return
+        try:
+            self.pages.groups(D)
+        except ValueError as e:
+            raise CodecError(f"kv codec {self.name}: {e}") from None
+        for part in self.parts:
+            part.check(D)
+
     def fit(self, k_SJD: Tensor, v_SJD: Tensor) -> KVFactors | None:
         """Factors [1, J, ...] from a sequence's first tokens; None when the codec has none."""
         factors = KVFactors()

@@ -42,13 +42,12 @@ class Part:
         """The page format, changed by this part."""
         return pages
 
+    def check(self, D: int) -> None:
+        """Raise CodecError unless it can be done to heads of D channels."""
+
     def fit(self, k_SJD: Tensor, v_SJD: Tensor) -> KVFactors:
         """Factors [1, J, ...] of one sequence from its first tokens (fp32)."""
         return KVFactors()
-
-    def published(self, k_SJD: Tensor, v_SJD: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-        """Keys and values as the paper's own method stores them, quantised and back, in fp32."""
-        raise NotImplementedError
 
 
 def asymmetric(x: Tensor, bits: int) -> Tensor:

@@ -40,6 +40,10 @@ class Deco(Part):
         """deco, deco16, deco32 or deco64."""
         return f"deco{self.m or ''}"
 
+    def check(self, D: int) -> None:
+        if D % (self.m or D):
+            raise CodecError(f"kv codec: {self.word}: expected whole blocks of {self.m}, got D={D}")
+
     def fit(self, k_SJD: Tensor, v_SJD: Tensor) -> KVFactors:
         k_fold, q_fold = self._factors(k_SJD)
         v_fold, inverse = self._factors(v_SJD)
@@ -49,9 +53,8 @@ class Deco(Part):
     def _factors(self, x_SJD: Tensor) -> tuple[Tensor, Tensor]:
         """(A, A^-T = T_S^T) as fp32 [1, J, D/m, m, m], one matrix for all blocks of a head."""
         S, J, D = x_SJD.shape
+        self.check(D)
         m = self.m or D
-        if D % m:
-            raise CodecError(f"kv codec: {self.word}: expected whole blocks of {m}, got D={D}")
         x = x_SJD.double().transpose(0, 1).reshape(J, S * (D // m), m)
         squares, V = torch.linalg.eigh(x.transpose(1, 2) @ x)
         s = squares.clamp_min(0).sqrt()
