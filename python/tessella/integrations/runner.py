@@ -160,7 +160,8 @@ class Runner:
     def step(self) -> None:
         """One pass of the model over as many tokens as the budget allows."""
         rows = self._decoding()
-        rows += self._prefilling(self.budget - sum(len(r.ids) for r in rows))
+        decoding = {r.request.handle for r in rows}
+        rows += self._prefilling(self.budget - sum(len(r.ids) for r in rows), decoding)
         rows, step = self._room(rows)
         logits = self._forward(rows, step)
         self._count(rows)
@@ -182,8 +183,8 @@ class Runner:
             rows.append(_Row(request, tree.tokens, [start + d for d in tree.depths()], tree))
         return rows
 
-    def _prefilling(self, budget: int) -> list[_Row]:
-        """Chunks of prompts that are not all in the cache yet."""
+    def _prefilling(self, budget: int, decoding: set[int]) -> list[_Row]:
+        """Chunks of prompts that are not all in the cache yet; `decoding` have their row."""
         while self._waiting and len(self._running) < self.most:
             request = self._waiting.pop(0)
             request.handle = self.cache.open(request.text)
@@ -193,7 +194,7 @@ class Runner:
         for request in self._running:
             start = self.cache.length(request.handle)
             chunk = request.text[start:][: max(0, budget)]
-            if not chunk or (start == len(request.text) - 1 and request.tokens):
+            if not chunk or request.handle in decoding:
                 continue
             budget -= len(chunk)
             rows.append(_Row(request, chunk, list(range(start, start + len(chunk))), None))

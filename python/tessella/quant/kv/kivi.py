@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
 from tessella.formats_kv import KVCodec
@@ -37,7 +36,7 @@ def published(k_SJD: Tensor, v_SJD: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     if n:
         by_channel = k[:n].view(n // GROUP, GROUP, J, D).movedim(1, -1)
         k[:n] = asymmetric(by_channel, bits).movedim(-1, 1).reshape(n, J, D)
-    old = max(0, S - RESIDUAL)
-    width = GROUP if D % GROUP == 0 else D
-    v[:old] = asymmetric(v[:old].view(old, J, -1, width), bits).view(old, J, D)
-    return k, torch.as_tensor(v)
+    if old := max(0, S - RESIDUAL):
+        groups = v[:old].view(old, J, -1, GROUP if D % GROUP == 0 else D)
+        v[:old] = asymmetric(groups, bits).view(old, J, D)
+    return k, v
