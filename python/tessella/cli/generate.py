@@ -29,7 +29,7 @@ def generate(
         str | None,
         typer.Option(
             help="Codec of a paged cache: bf16, int8, kv4, kv4-hadamard ...; default: what the "
-            "checkpoint was converted for, else a cache of plain tensors."
+            "checkpoint was converted for, else plain tensors (none)."
         ),
     ] = None,
     speculate: Annotated[

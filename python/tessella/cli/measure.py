@@ -58,17 +58,19 @@ class Speed:
 
 
 def speeds(
-    models: list[nn.Module], tokenizer, prompt: str, new_tokens: int, rounds: int
+    models: list[tuple[nn.Module, str]], tokenizer, prompt: str, new_tokens: int, rounds: int
 ) -> list[Speed]:
-    """Speed of each model on one prompt; the models take turns, so that they share disturbances."""
+    """Speed of each (model, codec of its cache) on one prompt.
+
+    They take turns, so that they share disturbances.
+    """
     from tessella.integrations.generate import generate
 
     samples = [[] for _ in models]
     for _ in range(rounds):
-        for model, results in zip(models, samples):
-            results.append(
-                generate(model, tokenizer, prompt, max_new_tokens=new_tokens, stop_at_eos=False)
-            )
+        for (model, kv), results in zip(models, samples):
+            how = {"max_new_tokens": new_tokens, "stop_at_eos": False, "kv": kv}
+            results.append(generate(model, tokenizer, prompt, **how))
     return [
         Speed(median(g.prefill_tok_s for g in results), median(g.tok_s for g in results))
         for results in samples

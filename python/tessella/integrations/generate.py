@@ -75,7 +75,7 @@ def generate(
         seed: of the sampling, which leaves torch's global generators as they were.
         stop_at_eos: False generates exactly `max_new_tokens` (for timing).
         kv: codec of a paged cache, a name of :mod:`tessella.quant.kv`; None: what the checkpoint
-            was converted for, else a cache of plain tensors.
+            was converted for, else a cache of plain tensors; "none": plain tensors.
         speculate: tokens drafted for each step from what the text repeats, and verified as a tree
             in one pass (:mod:`tessella.integrations.runner`); the text is that of temperature 0.
             Settings of ``generation_config.json`` other than its end tokens are not used then.
@@ -222,7 +222,8 @@ def _cache(model: nn.Module, kv: str | None):
     from tessella.integrations.cache import growing_cache
     from tessella.integrations.paged import checkpoint_codec, paged_cache
 
-    if codec := kv or checkpoint_codec(model):
+    codec = kv or checkpoint_codec(model)
+    if codec and codec != "none":
         return paged_cache(model, codec)
 
     ours = getattr(model.config, "_attn_implementation", None) == attention.NAME
