@@ -216,7 +216,7 @@ def _check_room(model: nn.Module, prompt_tokens: int, max_new_tokens: int) -> No
         )
 
 
-def _cache(model: nn.Module, kv: str | None):
+def _cache(model: nn.Module, kv: str | None = None):
     """Paged if there is a codec; else one that grows in place for a converted model, else None."""
     from tessella.integrations import attention
     from tessella.integrations.cache import growing_cache
