@@ -5,6 +5,7 @@ A block is everything between ``<!-- generated: KIND ARGUMENT -->`` and ``<!-- e
 * ``schema OP``: the declared schema of an op (tessella.ops)
 * ``commands``: the commands of the command line with their first help line
 * ``summary FILE``, ``detail FILE``: tables of a results file below bench/results
+* ``accuracy FILE``: the evaluations in a results file below bench/results/accuracy
 
 ``python docs/generate.py`` rewrites them in place; tests/test_repo.py fails when one is stale.
 """
@@ -74,6 +75,13 @@ def detail(path: str, read: Read) -> str:
     return _table("detail", path, read)
 
 
+def accuracy(path: str, read: Read) -> str:
+    """The evaluations of bench/results/accuracy/<path>, one row each."""
+    from tessella.bench import accuracy
+
+    return accuracy.markdown(json.loads(read(f"bench/results/accuracy/{path}")))
+
+
 def _table(kind: str, path: str, read: Read) -> str:
     from tessella.bench import tables
 
@@ -81,7 +89,7 @@ def _table(kind: str, path: str, read: Read) -> str:
     return f"{getattr(tables, kind)(records, path).markdown()}\n\n{tables.source(records)}."
 
 
-KINDS: dict[str, Callable] = {f.__name__: f for f in (schema, commands, summary, detail)}
+KINDS: dict[str, Callable] = {f.__name__: f for f in (schema, commands, summary, detail, accuracy)}
 
 
 def main() -> None:

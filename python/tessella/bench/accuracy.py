@@ -52,6 +52,25 @@ def save(path: Path, new: dict[str, Any]) -> None:
     temporary.replace(path)
 
 
+def markdown(records: list[dict[str, Any]]) -> str:
+    """A table of evaluations, and what they were done on."""
+    head = ("recipe", "cache", "bytes a token", "of bf16", "perplexity", "ratio", "KL", "top-1")
+    lines = ["| " + " | ".join(head) + " |", "|---|---|" + "---:|" * (len(head) - 2)]
+    plain = {r["cache_bytes_per_token"] for r in records if r["kv"] == "bf16"}
+    for r in records:
+        nbytes = r["cache_bytes_per_token"]
+        size = "" if nbytes is None else f"{nbytes:,.0f}"
+        share = "" if nbytes is None or len(plain) != 1 else f"{nbytes / max(plain):.1%}"
+        ratio = f"{r['ppl_ratio']:.4f} ± {r['ppl_ratio_stderr']:.4f}"
+        cells = (r["recipe"], f"`{r['kv']}`", size, share, f"{r['ppl']:.4f}", ratio)
+        lines.append("| " + " | ".join((*cells, f"{r['kl']:.5f}", f"{r['top1']:.2%}")) + " |")
+    about = sorted(
+        {f"{r['model']}, {r['tokens']:,} tokens, windows of {r['ctx']}" for r in records}
+    )
+    commits = sorted({f"{r['commit']} of {r['date']}" for r in records})
+    return "\n".join(lines) + f"\n\n{'; '.join(about)}; measured at {', '.join(commits)}."
+
+
 def _weights(lm: nn.Module) -> list:
     """Every tensor of the model's weights, 4-bit blobs included, shared ones once."""
     blobs = [m.blob for m in lm.modules() if isinstance(m, W4AxLinear)]

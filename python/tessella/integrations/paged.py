@@ -115,6 +115,11 @@ class PagedCache(Cache):
         self._used.add(layer)
         return self._step, self._rows
 
+    def store(self, layer: int, key: Tensor, value: Tensor) -> None:
+        """Append keys and values [B, J, S, D] to a layer without attending."""
+        step, _ = self.step_of(layer, key, None)
+        step.append(layer, *(t.transpose(1, 2).flatten(0, 1) for t in (key, value)))
+
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last ``-tokens_to_remove`` tokens of every row."""
         n = abs(tokens_to_remove)

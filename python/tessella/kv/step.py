@@ -100,19 +100,26 @@ class Step:
         if any(g.has_trees for g in self._groups):
             self._kept[layer] = (k_TJD, v_TJD)
         how = {"scale": scale, "softcap": softcap, "sinks": sinks}
+        self.append(layer, k_TJD, v_TJD)
         whole = None
         for group in self._groups:
             pick = group.tokens
-            q, k, v = (t if pick is None else t[pick] for t in (q_THD, k_TJD, v_TJD))
-            self._append(layer, group, k, v)
-            for crossing in group.crossings:
-                self._code(layer, crossing, k_TJD, v_TJD)
+            q = q_THD if pick is None else q_THD[pick]
             out = self._attention(layer, group, q, window, how)
             if pick is None:
                 return out
             whole = torch.empty_like(q_THD) if whole is None else whole
             whole[pick] = out
         return torch.empty_like(q_THD) if whole is None else whole
+
+    def append(self, layer: int, k_TJD: Tensor, v_TJD: Tensor) -> None:
+        """Append the new keys and values, rotated already."""
+        for group in self._groups:
+            pick = group.tokens
+            k, v = (t if pick is None else t[pick] for t in (k_TJD, v_TJD))
+            self._write(layer, group.store, k, v, group.slots, group.token_rows)
+            for crossing in group.crossings:
+                self._code(layer, crossing, k_TJD, v_TJD)
 
     def keep(self, request: int, path: list[int]) -> None:
         """Of a request's new tokens keep those of `path`, in that order, and forget the others.
@@ -202,9 +209,6 @@ class Step:
             torch.cat(bits),
             torch.tensor(tree_row, dtype=torch.int32),
         )
-
-    def _append(self, layer: int, group: _Group, k: Tensor, v: Tensor) -> None:
-        self._write(layer, group.store, k, v, group.slots, group.token_rows)
 
     def _write(
         self,
