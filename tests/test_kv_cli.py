@@ -11,6 +11,7 @@ import torch
 
 import tiny
 from command import answer_of, refused, run
+from tessella.bench import accuracy
 from tessella.cli import demo
 from tessella.integrations import paged
 from tessella.integrations.evaluate import perplexity
@@ -127,6 +128,9 @@ def test_eval_through_caches(converted, text, tmp_path):
     assert [r["kv"] for r in records] == [a["kv"] for a in answers]
     assert records[2]["ppl"] == pytest.approx(kv4["ppl"], abs=1e-6)
     assert records[2]["recipe"] == "w4a8kv4" and records[2]["weight_bytes"] > 0
+    table = accuracy.markdown(records)
+    assert f"| w4a8kv4 | `kv4` | 864 | 28.1% | {kv4['ppl']:.4f} |" in table
+    assert "| w4a8kv4 | `paper:kivi:4` |  |  |" in table
     default = answer_of(run(*args, "--limit-tokens", "50", "--save", file))
     assert default["kv"] == PRESETS["w4a8kv4"].cache
     assert len(json.loads(file.read_text())) == 5 + (default["kv"] != "kv4")

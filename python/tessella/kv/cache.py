@@ -249,7 +249,7 @@ class PagedKVCache:
 
     def _copy_row(self, source: int, target: int) -> None:
         """Factors and tail of one sequence to another."""
-        for factors in self.factors:
+        for factors in self.factors if self.codec.fit_tokens else ():
             for t in vars(factors).values() if factors is not None else ():
                 if t is not None:
                     t[target] = t[source]

@@ -223,9 +223,16 @@ class Step:
         if not isinstance(pages, KV4Pages):
             ops.msm_append(k, v, slots, pages)
             return
-        tail = rows if self.cache.codec.by_channel else None
-        factors = self.cache.factors[layer]
-        ops.kv4_append(k, v, slots, pages, factors=factors, rows=rows, tail_row=tail)
+        codec = self.cache.codec
+        ops.kv4_append(
+            k,
+            v,
+            slots,
+            pages,
+            factors=self.cache.factors[layer],
+            rows=rows if codec.fit_tokens else None,
+            tail_row=rows if codec.by_channel else None,
+        )
 
     def _code(self, layer: int, crossing: _Crossing, k_TJD: Tensor, v_TJD: Tensor) -> None:
         """Fit a sequence's factors to its first tokens, and code all that it has."""
@@ -253,10 +260,18 @@ class Step:
         batch, plan = group.plans[H, window]
         if not isinstance(pages, KV4Pages):
             return ops.msm_attn(q, pages, batch, window=window, plan=plan, **how)
-        extra = {"factors": self.cache.factors[layer], "rows": group.rows}
-        if self.cache.codec.by_channel:
-            extra["tail_row"] = group.rows
-        return ops.kv4_attn(q, pages, batch, window=window, plan=plan, **extra, **how)
+        codec = self.cache.codec
+        return ops.kv4_attn(
+            q,
+            pages,
+            batch,
+            factors=self.cache.factors[layer],
+            rows=group.rows if codec.fit_tokens else None,
+            tail_row=group.rows if codec.by_channel else None,
+            window=window,
+            plan=plan,
+            **how,
+        )
 
     def _on_device(self, batch: MsmBatch) -> MsmBatch:
         device = self.cache.shape.device
