@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
@@ -25,6 +27,12 @@ def repeating(rng, n: int) -> list[int]:
     """A text in which looking up the last tokens pays."""
     (unit,) = prompts(rng, 11)
     return (unit * n)[:n]
+
+
+def one_body():
+    """Attention over coded pages by one kernel, however many rows there are."""
+    bodies = [name for name in runnable("kv4") if name.endswith(".tile")]
+    return force(bodies[0]) if bodies else nullcontext()
 
 
 def greedy(model, prompt: list[int], n: int) -> list[int]:
@@ -52,11 +60,11 @@ def test_speculation_changes_the_steps_and_not_the_text(model, codec: str, draft
     texts = [repeating(rng, 60), *prompts(rng, 33, 9), repeating(rng, 25)]
     done = []
     for speculate in (0, drafts):
-        runner = Runner(
-            model, codec=codec, tokens=1200, budget=64, speculate=speculate, page_size=16
-        )
+        options = {"tokens": 1200, "budget": 64, "page_size": 16}
+        runner = Runner(model, codec=codec, speculate=speculate, **options)
         requests = [runner.submit(p, 30) for p in texts]
-        done.append((runner.run(), [r.tokens for r in requests]))
+        with one_body():  # trees have more rows, for which another one would round otherwise
+            done.append((runner.run(), [r.tokens for r in requests]))
     (plain, want), (fast, got) = done
     assert got == want
     assert fast.steps < plain.steps

@@ -201,7 +201,8 @@ def paged_cache(
         model: a causal LM whose attention is torch's or this package's; it is switched to this
             package's, which serves every other cache as before.
         codec: a name of :mod:`tessella.quant.kv` ("kv4", "int8", "bf16", "kv4-hadamard", ...);
-            None: what the checkpoint was converted for, else "kv4".
+            None: what the checkpoint was converted for, else
+            :data:`tessella.quant.kv.DEFAULT`.
         page_size: tokens of a page.
 
     Raises:
@@ -210,7 +211,7 @@ def paged_cache(
     from tessella.integrations import attention
 
     config = model.config.get_text_config()
-    name = codec or checkpoint_codec(model) or "kv4"
+    name = codec or checkpoint_codec(model) or kv.DEFAULT
     attention.use(model)
     if config._attn_implementation != attention.NAME:
         raise ValueError(

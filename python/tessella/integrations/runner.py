@@ -6,7 +6,8 @@ after the longest prefix that the cache has already (XY-Serve's token-wise sched
 of all requests go through the model as one ragged row, and each layer attends with one call.
 
 Decoding is greedy. A drafted token is kept where the model predicts it, so the text is the same
-with and without drafts; only the number of steps differs.
+with and without drafts; only the number of steps differs. (Kernels for few and for many rows round
+apart: where two tokens are as likely to within that, either may come.)
 """
 
 from __future__ import annotations
@@ -82,7 +83,8 @@ class Runner:
         """
         Args:
             model: a causal LM of transformers whose attention is torch's or this package's.
-            codec: of the cache, a name of :mod:`tessella.quant.kv`; None: the checkpoint's, or kv4.
+            codec: of the cache, a name of :mod:`tessella.quant.kv`; None: as for
+                :func:`~tessella.integrations.paged.paged_cache`.
             tokens: of all requests that the cache has room for.
             budget: tokens of a step, at least 1; a longer prompt is taken in chunks.
             speculate: drafted tokens of a request and step, 0 to 255.

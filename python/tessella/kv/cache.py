@@ -22,7 +22,7 @@ from tessella.kv.blocks import CacheFullError
 from tessella.kv.step import Step
 from tessella.kv.store import CacheShape, Store
 from tessella.layout_kv import unpack_page
-from tessella.quant.kv import CacheCodec, parse
+from tessella.quant.kv import DEFAULT, CacheCodec, parse
 from tessella.ref.kv4 import dequantise
 
 __all__ = ["CacheFullError", "CacheShape", "PagedKVCache"]
@@ -44,7 +44,7 @@ class PagedKVCache:
     def __init__(
         self,
         shape: CacheShape,
-        codec: str | CacheCodec = "kv4",
+        codec: str | CacheCodec = DEFAULT,
         *,
         pages: int,
         page_size: int = 64,

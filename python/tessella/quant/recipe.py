@@ -16,7 +16,7 @@ in the checkpoint's config::
     k8 = 1.0                    # fraction of the channels in INT8, the rest is INT4
 
     [cache]
-    codec = "kv4"               # of keys and values; without it they stay as computed
+    codec = "kv4-hadamard"      # of keys and values; without it they stay as computed
 
     [[steps]]
     use = "rtn"                 # round to nearest
@@ -211,7 +211,7 @@ PRESETS: dict[str, Recipe] = {
         Recipe("w4a8-channel", scheme="channel"),
         Recipe("w4a8-b128", granularity="block"),
         Recipe("w4a4", granularity="block", k8=0.0),
-        Recipe("w4a8kv4", cache="kv4"),
+        Recipe("w4a8kv4", cache=kv.DEFAULT),
     )
 }
 """Recipes by name. ``w4a8`` (two-level scales, per-token INT8) is what the kernels favour."""

@@ -32,7 +32,10 @@ from tessella.quant.kv.hadamard import Hadamard
 from tessella.quant.kv.kivi import Kivi
 from tessella.quant.kv.mean import Mean
 
-__all__ = ["FIT_TOKENS", "PUBLISHED", "CacheCodec", "CodecError", "parse"]
+__all__ = ["DEFAULT", "FIT_TOKENS", "PUBLISHED", "CacheCodec", "CodecError", "parse"]
+
+DEFAULT = "kv4-hadamard"
+"""The 4-bit codec where none is named: prompts share its pages, and it costs no bytes over kv4."""
 
 UNCODED = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
