@@ -12,6 +12,7 @@ from tessella import ops
 from tessella.integrations.draft import Tree, draft
 from tessella.integrations.runner import Runner, RunnerError
 from tessella.kv.cache import CacheFullError
+from tessella.testing.force import force, runnable
 
 
 @pytest.fixture(scope="module")
