@@ -86,7 +86,7 @@ def evaluate(
             reference, ref_tokenizer = load_model(ref, device, dtype)
             if ref_tokenizer.get_vocab() != tokenizer.get_vocab():
                 raise CommandError(f"--ref {ref}: its tokenizer is not the one of {model}")
-        results = []
+        results, memo = [], {}
         for name in kv or [None]:
             codec = None if name == "none" else name or checkpoint_codec(lm)
             cache = None if codec is None else _Cache(lm, codec)
@@ -101,6 +101,7 @@ def evaluate(
                     limit_tokens=limit_tokens,
                     progress=lambda done, total: bar.update(task, completed=done, total=total),  # noqa: B023
                     cache=cache,
+                    memo=memo,
                 )
             nbytes = None if cache is None else cache.bytes_per_token
             answer = {**dataclasses.asdict(result), "kv": codec, "cache_bytes_per_token": nbytes}

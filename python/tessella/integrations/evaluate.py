@@ -107,6 +107,7 @@ def perplexity(
     limit_tokens: int | None = None,
     progress: Callable[[int, int], None] | None = None,
     cache: Callable[[], Cache] | None = None,
+    memo: dict[int, Tensor] | None = None,
 ) -> EvalResult:
     """Score `docs` with a Hugging Face causal LM, and compare it with a reference in one pass.
 
@@ -119,6 +120,8 @@ def perplexity(
         progress: called with (tokens done, tokens in all) after each window.
         cache: makes an empty cache, through which the model (not the reference) reads each
             window: its tokens attend to what the cache keeps of them and of those before.
+        memo: filled with the reference's hidden states, and read where it has them: one dict for
+            several calls with the same documents, ctx and reference saves its work.
 
     Logits are made a few rows at a time (:data:`LOGIT_ELEMENTS`) for models whose logits are the
     output embedding of the last hidden state, which is verified, not assumed; others hold the
@@ -143,10 +146,11 @@ def perplexity(
     total = sum(len(w.targets) for w in windows)
     scorers = [_Scorer(m, windows[0].inputs[:8]) for m in models]
     scorers[0].cache = cache
+    scorers[-1].memo = memo if reference is not None else None
     sums = []
     done = 0
-    for w in windows:
-        sums.append(_score_window(scorers, w))
+    for i, w in enumerate(windows):
+        sums.append(_score_window(scorers, w, i))
         done += len(w.targets)
         if progress is not None:
             progress(done, total)
@@ -167,6 +171,7 @@ class _Scorer:
         """`probe`: a few token ids, on which splitting off the head is tried."""
         self.model = model
         self.cache: Callable[[], Cache] | None = None
+        self.memo: dict[int, Tensor] | None = None
         self.name = getattr(model, "name_or_path", "") or type(model).__name__
         self.head = self._split_head(probe.to(model.device)[None])
 
@@ -181,6 +186,14 @@ class _Scorer:
         logits = self.model(input_ids=probe_1n, use_cache=False).logits
         # A soft cap, a scale or a projection between the two would show here.
         return head if torch.equal(head(hidden), logits) else None
+
+    def remembered(self, number: int, inputs_n: Tensor) -> Tensor:
+        """:meth:`hidden` of a window, once for all calls that share a memo."""
+        if self.memo is None:
+            return self.hidden(inputs_n)
+        if number not in self.memo:
+            self.memo[number] = self.hidden(inputs_n)
+        return self.memo[number]
 
     def hidden(self, inputs_n: Tensor) -> Tensor:
         """What :meth:`logits` turns into logits: [n, hidden], or [n, V] of an unsplit model."""
@@ -198,9 +211,9 @@ class _Scorer:
         return torch.log_softmax(logits.float(), dim=-1)
 
 
-def _score_window(scorers: list[_Scorer], w: Window) -> Tensor:
+def _score_window(scorers: list[_Scorer], w: Window, number: int) -> Tensor:
     """fp64 [4]: sums over a window of NLL, reference NLL, KL and agreements."""
-    states = [s.hidden(w.inputs) for s in scorers]
+    states = [s.remembered(number, w.inputs) for s in scorers]
     sums = torch.zeros(4, dtype=torch.float64)
     for rows in _chunks(len(w.targets), scorers[0].model.config.get_text_config().vocab_size):
         targets = w.targets[rows]
