@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
 from tessella.cli.loading import Device, DeviceOption, DType, load_model, throughput_dtype
-from tessella.cli.session import CommandError, Debug, Json, session
+from tessella.cli.session import CommandError, Debug, Json, Session, session
 
 if TYPE_CHECKING:
     from tessella.integrations.evaluate import EvalResult
@@ -73,7 +73,6 @@ def evaluate(
     """
     with session(json=json, debug=debug) as s:
         from tessella.bench import accuracy
-        from tessella.integrations.evaluate import perplexity
         from tessella.integrations.paged import checkpoint_codec
         from tessella.integrations.text import read_documents
 
@@ -86,30 +85,35 @@ def evaluate(
             reference, ref_tokenizer = load_model(ref, device, dtype)
             if ref_tokenizer.get_vocab() != tokenizer.get_vocab():
                 raise CommandError(f"--ref {ref}: its tokenizer is not the one of {model}")
-        results, memo = [], {}
-        for name in kv or [None]:
-            codec = None if name == "none" else name or checkpoint_codec(lm)
-            cache = None if codec is None else _Cache(lm, codec)
-            with s.progress("tokens") as bar:
-                task = bar.add_task(f"evaluating {codec or ''}", total=None)
-                result = perplexity(
-                    lm,
-                    tokenizer,
-                    documents,
-                    ctx=ctx,
-                    reference=reference,
-                    limit_tokens=limit_tokens,
-                    progress=lambda done, total: bar.update(task, completed=done, total=total),  # noqa: B023
-                    cache=cache,
-                    memo=memo,
-                )
-            nbytes = None if cache is None else cache.bytes_per_token
-            answer = {**dataclasses.asdict(result), "kv": codec, "cache_bytes_per_token": nbytes}
-            s.show(_table(result, codec, nbytes))
+        names = [name or checkpoint_codec(lm) for name in kv or [None]]
+        caches = [None if name in (None, "none") else _Cache(lm, name) for name in names]
+        how = {"ctx": ctx, "reference": reference, "limit_tokens": limit_tokens, "memo": {}}
+        results = []
+        for cache in caches:
+            answer = _measure(s, lm, tokenizer, documents, cache, how)
             if save is not None:
                 accuracy.save(save, accuracy.record(model, lm, answer, ctx))
             results.append(answer)
         s.answer(results[0] if len(results) == 1 else {"caches": results})
+
+
+def _measure(
+    s: Session, lm, tokenizer, documents: list[str], cache: _Cache | None, how: dict[str, Any]
+) -> dict[str, Any]:
+    """One evaluation, shown; what --json prints of it. `how` goes to perplexity."""
+    from tessella.integrations.evaluate import perplexity
+
+    codec = None if cache is None else cache.codec
+    with s.progress("tokens") as bar:
+        task = bar.add_task(f"evaluating {codec or ''}", total=None)
+
+        def show(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+
+        result = perplexity(lm, tokenizer, documents, progress=show, cache=cache, **how)
+    nbytes = None if cache is None else cache.bytes_per_token
+    s.show(_table(result, codec, nbytes))
+    return {**dataclasses.asdict(result), "kv": codec, "cache_bytes_per_token": nbytes}
 
 
 class _Cache:
@@ -118,13 +122,13 @@ class _Cache:
     def __init__(self, model, codec: str):
         from tessella.integrations import paged, published
 
-        self._model, self._codec = model, codec
+        self._model, self.codec = model, codec
         self._simulated = codec.startswith(published.PREFIX)
         self._make = published.published_cache if self._simulated else paged.paged_cache
         self._last = self()  # refuses a codec that does not exist before any work
 
     def __call__(self):
-        self._last = self._make(self._model, self._codec)
+        self._last = self._make(self._model, self.codec)
         return self._last
 
     @property

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from tessella.cli.loading import Device, DeviceOption, DType, DTypeOption, load_model
 from tessella.cli.session import CommandError, Debug, Json, session
+
+if TYPE_CHECKING:
+    from tessella.integrations.generate import Generation
 
 
 def generate(
@@ -82,22 +85,19 @@ def generate(
         )
         if not json:
             print()
-        steps = "" if result.steps is None else f" in {result.steps} steps"
-        decode = "" if result.tok_s is None else f", then {result.tok_s:,.1f} tok/s"
-        s.note(
-            f"prompt {result.prompt_tokens} tokens at {result.prefill_tok_s:,.1f} tok/s; "
-            f"{result.tokens} new tokens{steps}{decode}"
-        )
-        s.answer(
-            {
-                "text": result.text,
-                "tokens": result.tokens,
-                "tok_s": result.tok_s,
-                "prompt_tokens": result.prompt_tokens,
-                "prefill_tok_s": result.prefill_tok_s,
-                "steps": result.steps,
-            }
-        )
+        s.note(_speed(result))
+        keys = ("text", "tokens", "tok_s", "prompt_tokens", "prefill_tok_s", "steps")
+        s.answer({key: getattr(result, key) for key in keys})
+
+
+def _speed(result: Generation) -> str:
+    """One line on what was generated and how fast."""
+    steps = "" if result.steps is None else f" in {result.steps} steps"
+    decode = "" if result.tok_s is None else f", then {result.tok_s:,.1f} tok/s"
+    return (
+        f"prompt {result.prompt_tokens} tokens at {result.prefill_tok_s:,.1f} tok/s; "
+        f"{result.tokens} new tokens{steps}{decode}"
+    )
 
 
 def _read_stdin() -> str:

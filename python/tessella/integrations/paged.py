@@ -206,12 +206,16 @@ def paged_cache(
         page_size: tokens of a page.
 
     Raises:
-        ValueError: no such codec, or an attention that cannot be switched.
+        ValueError: no such codec, one that does not fit the heads, or an attention that cannot be
+            switched.
     """
     from tessella.integrations import attention
 
     config = model.config.get_text_config()
     name = codec or checkpoint_codec(model) or kv.DEFAULT
+    kv.parse(name).check(
+        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    )
     attention.use(model)
     if config._attn_implementation != attention.NAME:
         raise ValueError(
