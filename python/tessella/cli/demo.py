@@ -66,7 +66,7 @@ class Budget:
 
 
 COMPILED = Budget(eval_tokens=16384, cache_tokens=16384, prompt_chars=2000, new_tokens=48, rounds=3)
-STAND_IN = Budget(eval_tokens=2048, cache_tokens=256, prompt_chars=400, new_tokens=12, rounds=1)
+STAND_IN = Budget(eval_tokens=2048, cache_tokens=128, prompt_chars=400, new_tokens=12, rounds=1)
 """For reference implementations, which are some hundred times slower."""
 
 
@@ -138,7 +138,7 @@ def _run(s: Session, converted: Path, prompt: str) -> dict[str, Any]:
             model,
             tokenizer,
             docs,
-            ctx=CTX,
+            ctx=min(CTX, budget.cache_tokens // 2),  # two windows, for a standard error
             reference=original,
             limit_tokens=budget.cache_tokens,
             cache=cache,
