@@ -6,6 +6,7 @@ A block is everything between ``<!-- generated: KIND ARGUMENT -->`` and ``<!-- e
 * ``commands``: the commands of the command line with their first help line
 * ``summary FILE [KEY=VALUE...]``, ``detail FILE [KEY=VALUE...]``: tables of a results file below
   bench/results, of all records or of those whose case has these values
+* ``accuracy FILE``: the evaluations in a results file below bench/results/accuracy
 
 ``python docs/generate.py`` rewrites them in place; tests/test_repo.py fails when one is stale.
 """
@@ -75,6 +76,13 @@ def detail(arg: str, read: Read) -> str:
     return _table("detail", arg, read)
 
 
+def accuracy(path: str, read: Read) -> str:
+    """The evaluations of bench/results/accuracy/<path>, one row each."""
+    from tessella.bench import accuracy
+
+    return accuracy.markdown(json.loads(read(f"bench/results/accuracy/{path}")))
+
+
 def _table(kind: str, arg: str, read: Read) -> str:
     from tessella.bench import tables
     from tessella.bench.suite import Selection
@@ -87,7 +95,7 @@ def _table(kind: str, arg: str, read: Read) -> str:
     return f"{getattr(tables, kind)(records, path).markdown()}\n\n{tables.source(records)}."
 
 
-KINDS: dict[str, Callable] = {f.__name__: f for f in (schema, commands, summary, detail)}
+KINDS: dict[str, Callable] = {f.__name__: f for f in (schema, commands, summary, detail, accuracy)}
 
 
 def main() -> None:

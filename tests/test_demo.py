@@ -17,13 +17,17 @@ LINEARS = 42
 
 def check(answer: dict) -> None:
     """What must hold of a demo's JSON whatever computed it."""
-    before, after = answer["original"], answer["converted"]
-    assert answer["recipe"] == "w4a8"
+    before, after, cached = answer["original"], answer["converted"], answer["cached"]
+    assert answer["recipe"] == "w4a8kv4"
     assert 4 < before["ppl"] < 20
     assert 0.98 < after["ppl_ratio"] < 1.1
     assert after["ppl"] / before["ppl"] == pytest.approx(after["ppl_ratio"])
     assert 0 < after["kl"] < 0.15 and 0.75 < after["top1"] < 1
-    for side in (before, after):
+    assert 0.97 < cached["ppl_ratio"] < 1.15 and 0 < cached["kl"] < 0.2
+    assert after["cache_bytes_per_token"] == before["cache_bytes_per_token"]
+    assert 0.25 < cached["cache_bytes_per_token"] / after["cache_bytes_per_token"] < 0.35
+    assert cached["bytes"] == after["bytes"]
+    for side in (before, after, cached):
         assert min(side["prefill_tok_s"], side["decode_tok_s"], side["ppl_stderr"]) > 0
         assert side["bytes"]["embeddings"] == 4096 * 256 * 2
         parts = [side["bytes"][k] for k in ("linears", "embeddings", "other")]
@@ -44,9 +48,11 @@ def test_the_demo(tmp_path):
     # the norms, the gates and act_quant quantise for them: four a layer of seven linears
     assert calls(answer["kernels"], "act_quant") == LINEARS // 7 * 4 * 4
     assert calls(answer["kernels"], "w4ax_gemm") == LINEARS * 4
+    assert calls(answer["kernels"], "kv4_append") == 6 * 4 or not _native.HAS_OPS
     if _native.HAS_OPS:
         compiled = {name for names in _native._C.kernels().values() for name in names}
-        assert answer["kernels"].keys() <= compiled
+        for name in answer["kernels"].keys() - {"msm_plan", "kv4_append"}:
+            assert any(c == name or c.startswith(f"{name}.") for c in compiled), name
 
     dtype = ("--dtype", loading.throughput_dtype(loading.Device.cpu).value)  # as the demo's
     prompt = ("--prompt", demo.BOS + demo.PROMPT)
@@ -61,14 +67,14 @@ def test_the_demo_without_compiled_kernels():
     answer = answer_of(done)
     check(answer)
     assert set(answer["kernels"]) == {
-        f"{family}: {measure.REFERENCE}" for family in ("act_quant", "w4ax_gemm")
+        f"{family}: {measure.REFERENCE}" for family in ("act_quant", "w4ax_gemm", "msm", "kv4")
     }
     assert "No compiled kernels here" in done.stderr
 
 
 @pytest.fixture
 def tiny_budget(monkeypatch):
-    budget = demo.Budget(eval_tokens=64, prompt_chars=100, new_tokens=4, rounds=1)
+    budget = demo.Budget(eval_tokens=64, cache_tokens=64, prompt_chars=100, new_tokens=4, rounds=1)
     monkeypatch.setattr(demo, "COMPILED", budget)
     monkeypatch.setattr(demo, "STAND_IN", budget)
 

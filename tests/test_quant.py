@@ -285,7 +285,10 @@ def test_a_minimal_recipe_has_the_defaults():
     [
         ("", r"name: expected a non-empty string"),
         ("name = 3", r"name: expected a non-empty string, got 3"),
-        ('name = "x"\nsize = 1', r"expected fields name, weights, activations, steps, got 'size'"),
+        (
+            'name = "x"\nsize = 1',
+            r"expected fields name, weights, activations, cache, steps, got 'size'",
+        ),
         ('name = "x"\nweights = 1', r"weights: expected a table, got 1"),
         ('name = "x"\n[weights]\nbits = 3', r"weights: expected fields scheme, .*got 'bits'"),
         ('name = "x"\n[weights]\nscheme = "g7"', r"scheme: expected one of channel, .*'g7'"),
@@ -313,7 +316,7 @@ def test_bad_recipes_are_refused(toml, message, tmp_path):
 
 
 def test_unknown_recipes_are_refused(tmp_path):
-    with pytest.raises(RecipeError, match=r"one of w4a8, w4a8-g128, .*w4a4 or a TOML file, got"):
+    with pytest.raises(RecipeError, match=r"one of w4a8, w4a8-g128, .*w4a8kv4 or a TOML file, got"):
         recipes.load("w4a7")
     with pytest.raises(RecipeError, match=r"cannot read .*nothing\.toml"):
         recipes.load(tmp_path / "nothing.toml")

@@ -64,6 +64,10 @@ static Env read_env() {
   if (!tune.empty() && tune != "0" && tune != "1")
     e.error = unknown("TESSELLA_TUNE", tune, {"0", "1"});
   e.tuned = tune != "0";
+  const std::string debug = read("TESSELLA_DEBUG");
+  if (!debug.empty() && debug != "0" && debug != "1")
+    e.error = unknown("TESSELLA_DEBUG", debug, {"0", "1"});
+  e.debug = debug == "1";
   return e;
 }
 

@@ -4,6 +4,7 @@
 //   TESSELLA_FORCE=w4ax_gemm.avx2.wide one kernel per family, comma-separated
 //   TESSELLA_PDL=0                     no programmatic dependent launch on Hopper
 //   TESSELLA_TUNE=0                    no tables of `tessella tune`: what the planner says
+//   TESSELLA_DEBUG=1                   appends raise on a slot outside the cache
 //   TESSELLA_LOG=plan                  print each new problem and the plan chosen for it, once
 #pragma once
 #include <string>
@@ -19,6 +20,7 @@ struct Env {
   bool log_plan = false;
   bool programmatic = true;
   bool tuned = true;
+  bool debug = false;
   std::string error;  // what is wrong with a variable, naming the valid values
 };
 

@@ -8,10 +8,10 @@ from pathlib import PurePosixPath
 
 from repo.tree import Tree, rule
 
-_BASE = {"_version", "formats", "layout"}
+_BASE = {"_version", "formats", "formats_kv", "layout", "layout_kv"}
 _ALGORITHM = _BASE | {"ref"}
 _RUNTIME = _ALGORITHM | {"_native", "ops", "tuned"}
-_MODELS = _RUNTIME | {"quant", "mla"}
+_MODELS = _RUNTIME | {"quant", "mla", "kv"}
 
 MAY_IMPORT: dict[str, set[str]] = {
     "_version": set(),
@@ -19,12 +19,15 @@ MAY_IMPORT: dict[str, set[str]] = {
     "_C": set(),
     "_ops": set(),
     "formats": set(),
+    "formats_kv": {"formats"},
     "layout": {"formats"},
+    "layout_kv": {"formats_kv"},
     "tuned": {"_native"},
-    "ref": {"formats", "layout"},
-    "ops": {"_native", "formats", "layout", "ref", "tuned"},
+    "ref": _BASE - {"_version"},
+    "ops": _ALGORITHM - {"_version"} | {"_native", "tuned"},
     "quant": _ALGORITHM,
     "mla": _ALGORITHM,
+    "kv": _RUNTIME | {"quant"},
     "testing": _RUNTIME,
     "bench": _MODELS | {"models", "integrations", "testing"},
     "models": _MODELS,

@@ -21,8 +21,11 @@ from tessella.bench.suite import Case, Family, Prepared, Selection, Subject
 from tessella.bench.timing import Call
 from tessella.integrations import attention
 from tessella.integrations.cache import growing_cache
+from tessella.integrations.paged import PAGE_SIZE as PAGE
+from tessella.integrations.paged import paged_cache
 from tessella.models.fuse import flatten_head, fuse
 from tessella.models.linear import W4AxLinear
+from tessella.quant import kv
 from tessella.quant.recipe import PRESETS, Recipe, Rtn
 
 SHAPES: dict[str, dict[str, int]] = {
@@ -52,9 +55,10 @@ QUICK_CTX = (16,)
 PHASES = ("decode", "prefill")
 RECIPES: dict[str, Recipe] = {
     "w4a8": dataclasses.replace(PRESETS["w4a8"], steps=(Rtn(clip="none"),)),
+    "w4a8kv4": dataclasses.replace(PRESETS["w4a8kv4"], steps=(Rtn(clip="none"),)),
     "w4a8-head": dataclasses.replace(PRESETS["w4a8"], steps=(Rtn(clip="none"),), lm_head=True),
 }
-"""Conversions measured: the linears of the layers, and the output head as well.
+"""Conversions measured: the linears of the layers, those over a coded cache, those and the head.
 
 Without clipping: the search for the best range takes minutes and changes no time.
 """
@@ -106,6 +110,8 @@ def original(shape: str) -> nn.Module:
 @lru_cache(maxsize=len(RECIPES))
 def converted(shape: str, recipe_name: str) -> nn.Module:
     """The same model with 4-bit linears; all other weights are shared with the original."""
+    if recipe_name == "w4a8kv4":
+        return converted(shape, "w4a8")  # its cache is another
     if recipe_name != "w4a8":  # the layers are those of the plain conversion
         model = _sharing(converted(shape, "w4a8"))
         _replace(model, model.get_output_embeddings(), "lm_head", RECIPES[recipe_name])
@@ -160,14 +166,14 @@ def prepare(case: Case, selection: Selection) -> Prepared:
     subjects = []
     for recipe in RECIPES:
         if selection({"recipe": recipe}):
-            model = converted(shape, recipe)
-            nbytes, macs = work(model, case)
+            model, codec = converted(shape, recipe), RECIPES[recipe].cache
+            nbytes, macs = work(model, case, codec)
             subjects.append(
                 Subject(
                     name=recipe,
                     kernel=f"w4ax_gemm.{isa}",
                     case={"recipe": recipe},
-                    call=make(model, case),
+                    call=make(model, case, codec),
                     nbytes=nbytes,
                     macs=macs,
                     notes={"tokens": tokens(case)},
@@ -198,7 +204,7 @@ def tokens(case: Case) -> int:
     return case["B"] * (1 if case["phase"] == "decode" else case["ctx"])
 
 
-def work(model: nn.Module, case: Case) -> tuple[int, int]:
+def work(model: nn.Module, case: Case, codec: str | None = None) -> tuple[int, int]:
     """Bytes of weights and cache that a call must read, and multiply-adds of its linears.
 
     The head computes the last token only. Attention's arithmetic is left out: the bound is a
@@ -212,8 +218,8 @@ def work(model: nn.Module, case: Case) -> tuple[int, int]:
         nbytes += weight.nbytes
         macs += rows * module.in_features * module.out_features
     c = model.config
-    cache = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * 2  # bf16 keys, values
-    return nbytes + case["B"] * case["ctx"] * cache, macs
+    per_layer = kv.parse(codec or "bf16").bytes_per_token(c.num_key_value_heads, c.head_dim, PAGE)
+    return nbytes + int(case["B"] * case["ctx"] * c.num_hidden_layers * per_layer), macs
 
 
 def _linears(model: nn.Module) -> Iterator[nn.Module]:
@@ -225,26 +231,44 @@ def _tokens(model: nn.Module, B: int, n: int) -> Tensor:
     return torch.randint(0, model.config.vocab_size, (B, n), generator=generator)
 
 
-def _prefill(model: nn.Module, case: Case) -> Call:
+def _prefill(model: nn.Module, case: Case, codec: str | None = None) -> Call:
     ids = _tokens(model, case["B"], case["ctx"])
 
     @torch.no_grad()  # as transformers' generate runs
     def call(i: int) -> Tensor:
-        return model(input_ids=ids, use_cache=True, logits_to_keep=1).logits
+        cache = None if codec is None else paged_cache(model, codec)
+        return model(input_ids=ids, use_cache=True, past_key_values=cache, logits_to_keep=1).logits
 
     return call
 
 
-def _decode(model: nn.Module, case: Case) -> Call:
+def _decode(model: nn.Module, case: Case, codec: str | None = None) -> Call:
     from transformers import DynamicCache
 
+    if codec is not None:
+        return _decode_paged(model, case, codec)
     ids, ctx, c = _tokens(model, case["B"], 1), case["ctx"], model.config
     ours = c._attn_implementation == attention.NAME
     cache = growing_cache(c) if ours else DynamicCache(config=c)
     shape = case["B"], c.num_key_value_heads, ctx, c.head_dim
     for layer in range(c.num_hidden_layers):
-        kv = torch.randn(2, *shape, dtype=model.dtype)
-        cache.update(kv[0], kv[1], layer)
+        cache.update(*torch.randn(2, *shape, dtype=model.dtype), layer)
+
+    @torch.no_grad()  # as transformers' generate runs
+    def call(i: int) -> Tensor:
+        logits = model(input_ids=ids, past_key_values=cache, use_cache=True).logits
+        cache.crop(-1)
+        return logits
+
+    return call
+
+
+def _decode_paged(model: nn.Module, case: Case, codec: str) -> Call:
+    ids, c = _tokens(model, case["B"], 1), model.config
+    cache = paged_cache(model, codec)
+    shape = case["B"], c.num_key_value_heads, case["ctx"], c.head_dim
+    for layer in range(c.num_hidden_layers):
+        cache.store(layer, *torch.randn(2, *shape, dtype=model.dtype))
 
     @torch.no_grad()  # as transformers' generate runs
     def call(i: int) -> Tensor:

@@ -15,6 +15,8 @@ FAMILIES: dict[str, str] = {
     "act_quant": "dynamic quantisation of activations, alone and after norms and gates",
     "w4ax_gemm": "4-bit linear layers, the kernel alone",
     "w4ax_chain": "the linear layers of a transformer block in a row, on a GPU",
+    "msm": "attention over 16-bit pages",
+    "kv4": "attention over coded pages",
     "e2e": "prefill and decode of a whole model with random weights",
 }
 """Name and meaning of every family; the module of a family is ``tessella.bench.<name>``."""

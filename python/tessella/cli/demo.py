@@ -8,6 +8,7 @@ import sysconfig
 import tempfile
 import time
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from tessella.integrations.evaluate import EvalResult
 
 MODEL = Path(__file__).parents[1] / "data" / "pylm-6m"
-RECIPE = "w4a8"
+RECIPE = "w4a8kv4"
 BOS = "<|endoftext|>"
 """What every training document of the bundled model began with."""
 PROMPT = 'def read_json(path):\n    """Read a JSON file."""\n    with open(path) as'
@@ -57,13 +58,15 @@ class Budget:
     """How much the demo does."""
 
     eval_tokens: int
+    cache_tokens: int
+    """Of those, for the evaluation through the coded cache."""
     prompt_chars: int
     new_tokens: int
     rounds: int
 
 
-COMPILED = Budget(eval_tokens=16384, prompt_chars=2000, new_tokens=48, rounds=3)
-STAND_IN = Budget(eval_tokens=2048, prompt_chars=400, new_tokens=12, rounds=1)
+COMPILED = Budget(eval_tokens=16384, cache_tokens=16384, prompt_chars=2000, new_tokens=48, rounds=3)
+STAND_IN = Budget(eval_tokens=2048, cache_tokens=128, prompt_chars=400, new_tokens=12, rounds=1)
 """For reference implementations, which are some hundred times slower."""
 
 
@@ -78,11 +81,13 @@ def demo(
     """Convert a small bundled model to 4 bit, and show it beside the original.
 
     Needs no network. Measures perplexity on source text of the running
-    Python's standard library, bytes of weights, and speed; then the 4-bit
-    model continues a prompt.
+    Python's standard library, bytes of weights and cache, and speed, with
+    4-bit weights and with a 4-bit cache as well; then the model with both
+    continues a prompt.
 
-    JSON: recipe, original and converted (ppl, ppl_stderr, bytes,
-    prefill_tok_s, decode_tok_s), kernels (name: calls), completion, seconds.
+    JSON: recipe, original, converted and cached (ppl, ppl_stderr, bytes,
+    cache_bytes_per_token, prefill_tok_s, decode_tok_s), kernels (name: calls),
+    completion, seconds.
 
     \b
     Examples:
@@ -96,7 +101,7 @@ def demo(
     with session(json=json, debug=debug) as s:
         folder = nullcontext(str(keep)) if keep else tempfile.TemporaryDirectory(prefix="tessella-")
         with folder as name:
-            converted = Path(name) if keep else Path(name) / "pylm-6m-w4a8"
+            converted = Path(name) if keep else Path(name) / "pylm-6m-w4a8kv4"
             answer = _run(s, converted, prompt)
         answer["seconds"] = time.perf_counter() - started
         s.note(f"{answer['seconds']:.0f} s" + (f"; converted model in {keep}" if keep else ""))
@@ -108,6 +113,7 @@ def _run(s: Session, converted: Path, prompt: str) -> dict[str, Any]:
     from tessella import _native
     from tessella.cli import measure
     from tessella.integrations.evaluate import perplexity
+    from tessella.integrations.paged import paged_cache
     from tessella.models.convert import convert
     from tessella.models.linear import W4AxLinear
     from tessella.quant.recipe import PRESETS
@@ -127,17 +133,29 @@ def _run(s: Session, converted: Path, prompt: str) -> dict[str, Any]:
         quality = perplexity(
             model, tokenizer, docs, ctx=CTX, reference=original, limit_tokens=budget.eval_tokens
         )
+        cache = partial(paged_cache, model)
+        through = perplexity(
+            model,
+            tokenizer,
+            docs,
+            ctx=min(CTX, budget.cache_tokens // 2),  # two windows, for a standard error
+            reference=original,
+            limit_tokens=budget.cache_tokens,
+            cache=cache,
+        )
         bar.update(task, description="tracing", advance=1)
         text = docs[0][: budget.prompt_chars]
         kernels = measure.kernels_run(model, tokenizer, text, new_tokens=4)
         bar.update(task, description="timing", advance=1)
-        speeds = measure.speeds(
-            [original, model], tokenizer, text, budget.new_tokens, budget.rounds
-        )
+        codec = cache().codec
+        ways = [(original, "none"), (model, "none"), (model, codec.name)]
+        speeds = measure.speeds(ways, tokenizer, text, budget.new_tokens, budget.rounds)
         bar.update(task, advance=1)
-    sizes = [measure.weight_bytes(folder, linears) for folder in (MODEL, converted)]
+    sizes = [measure.weight_bytes(folder, linears) for folder in (MODEL, converted, converted)]
+    caches = [_cache_bytes(model, name or codec.name) for name in ("bf16", "bf16", None)]
     computed_in = str(original.dtype).removeprefix("torch.")
-    s.show(_comparison(quality, sizes, speeds, computed_in), _kernel_table(kernels))
+    s.show(_comparison((quality, through), sizes, caches, speeds, computed_in))
+    s.show(_kernel_table(kernels))
     if not _native.HAS_OPS:
         s.note("No compiled kernels here: the 4-bit speeds are those of the reference in fp64.")
     completion = _complete(s, model, tokenizer, prompt, budget.new_tokens)
@@ -145,12 +163,15 @@ def _run(s: Session, converted: Path, prompt: str) -> dict[str, Any]:
         "recipe": RECIPE,
         "computed_in": computed_in,
         "tokens": quality.tokens,
-        "original": _side(quality.ppl_ref, quality.ppl_ref_stderr, sizes[0], speeds[0]),
+        "original": _side(quality.ppl_ref, quality.ppl_ref_stderr, sizes[0], caches[0], speeds[0]),
         "converted": {
-            **_side(quality.ppl, quality.ppl_stderr, sizes[1], speeds[1]),
-            "ppl_ratio": quality.ppl_ratio,
-            "kl": quality.kl,
-            "top1": quality.top1,
+            **_side(quality.ppl, quality.ppl_stderr, sizes[1], caches[1], speeds[1]),
+            **_distance(quality),
+        },
+        "cached": {
+            "codec": codec.name,
+            **_side(through.ppl, through.ppl_stderr, sizes[2], caches[2], speeds[2]),
+            **_distance(through),
         },
         "kernels": kernels,
         "prompt": prompt,
@@ -182,45 +203,65 @@ def _complete(s: Session, model, tokenizer, prompt: str, new_tokens: int) -> str
     return result.text
 
 
-def _side(ppl: float, stderr: float, size: Bytes, speed: Speed) -> dict[str, Any]:
+def _cache_bytes(model, codec: str) -> float:
+    """Bytes of a token in a cache of this codec, all layers and scales included."""
+    from tessella.integrations.paged import PAGE_SIZE
+    from tessella.quant import kv
+
+    c = model.config
+    per_layer = kv.parse(codec).bytes_per_token(c.num_key_value_heads, c.head_dim, PAGE_SIZE)
+    return c.num_hidden_layers * per_layer
+
+
+def _distance(q: EvalResult) -> dict[str, Any]:
+    return {"ppl_ratio": q.ppl_ratio, "kl": q.kl, "top1": q.top1}
+
+
+def _side(ppl: float, stderr: float, size: Bytes, cache: float, speed: Speed) -> dict[str, Any]:
     return {
         "ppl": ppl,
         "ppl_stderr": stderr,
         "bytes": {**dataclasses.asdict(size), "total": size.total},
+        "cache_bytes_per_token": cache,
         **dataclasses.asdict(speed),
     }
 
 
-def _comparison(q: EvalResult, sizes: list[Bytes], speeds: list[Speed], dtype: str) -> Table:
+def _comparison(
+    quality: tuple[EvalResult, EvalResult],
+    sizes: list[Bytes],
+    caches: list[float],
+    speeds: list[Speed],
+    dtype: str,
+) -> Table:
+    """The original, its conversion, and the conversion with a coded cache, side by side."""
+    q, through = quality
     table = Table(
         title=f"pylm-6m and its {RECIPE} conversion",
-        caption=f"perplexity on {q.tokens:,} tokens of the standard library; both models "
-        f"compute in {dtype}, the {RECIPE} linears on 4-bit weights and 8-bit activations",
+        caption=f"perplexity on {q.tokens:,} tokens of the standard library ({through.tokens:,} "
+        f"through the 4-bit cache); all compute in {dtype}, the linears of the others on 4-bit "
+        "weights and 8-bit activations",
     )
     table.add_column("", no_wrap=True)
-    for heading in ("original", RECIPE, "ratio"):
+    for heading in ("original", "w4a8", RECIPE):
         table.add_column(heading, justify="right", no_wrap=True)
 
-    def row(name: str, before: float, after: float, form: str) -> None:
-        table.add_row(name, form.format(before), form.format(after), f"{after / before:.3f}")
+    def row(name: str, form: str, *values: float | None) -> None:
+        table.add_row(name, *("" if v is None else form.format(v) for v in values))
 
-    table.add_row(
-        "perplexity",
-        f"{q.ppl_ref:.3f} ± {q.ppl_ref_stderr:.3f}",
-        f"{q.ppl:.3f} ± {q.ppl_stderr:.3f}",
-        f"{q.ppl_ratio:.3f} ± {q.ppl_ratio_stderr:.3f}",
-    )
-    table.add_row("KL divergence, nats/token", "", f"{q.kl:.4f}", "")
-    table.add_row("same most likely token", "", f"{q.top1:.1%}", "")
+    row("perplexity", "{:.3f}", q.ppl_ref, q.ppl, through.ppl)
+    row("  standard error", "{:.3f}", q.ppl_ref_stderr, q.ppl_stderr, through.ppl_stderr)
+    row("  over the original's", "{:.3f}", None, q.ppl_ratio, through.ppl_ratio)
+    row("KL divergence, nats/token", "{:.4f}", None, q.kl, through.kl)
+    row("same most likely token", "{:.1%}", None, q.top1, through.top1)
     table.add_section()
     for kind in ("total", "linears", "embeddings", "other"):
-        before, after = (getattr(size, kind) / 1e6 for size in sizes)
         name = "all weights" if kind == "total" else f"  {kind}"
-        row(f"{name}, MB", before, after, "{:.3f}")
+        row(f"{name}, MB", "{:.3f}", *(getattr(size, kind) / 1e6 for size in sizes))
+    row("cache, bytes/token", "{:,.0f}", *caches)
     table.add_section()
     for kind in ("prefill", "decode"):
-        before, after = (getattr(speed, f"{kind}_tok_s") for speed in speeds)
-        row(f"{kind}, tokens/s", before, after, "{:,.0f}")
+        row(f"{kind}, tokens/s", "{:,.0f}", *(getattr(s, f"{kind}_tok_s") for s in speeds))
     return table
 
 

@@ -58,17 +58,19 @@ class Speed:
 
 
 def speeds(
-    models: list[nn.Module], tokenizer, prompt: str, new_tokens: int, rounds: int
+    models: list[tuple[nn.Module, str]], tokenizer, prompt: str, new_tokens: int, rounds: int
 ) -> list[Speed]:
-    """Speed of each model on one prompt; the models take turns, so that they share disturbances."""
+    """Speed of each (model, codec of its cache) on one prompt.
+
+    They take turns, so that they share disturbances.
+    """
     from tessella.integrations.generate import generate
 
     samples = [[] for _ in models]
     for _ in range(rounds):
-        for model, results in zip(models, samples):
-            results.append(
-                generate(model, tokenizer, prompt, max_new_tokens=new_tokens, stop_at_eos=False)
-            )
+        for (model, kv), results in zip(models, samples):
+            how = {"max_new_tokens": new_tokens, "stop_at_eos": False, "kv": kv}
+            results.append(generate(model, tokenizer, prompt, **how))
     return [
         Speed(median(g.prefill_tok_s for g in results), median(g.tok_s for g in results))
         for results in samples
@@ -95,6 +97,8 @@ def _kernel(event: Any, threads: int) -> str:
 
     op = event.name.removeprefix("tessella::").removesuffix("_out")
     family = "act_quant" if op.endswith("_quant") else op  # its fused producers are in its family
+    if (caches := op.partition("_")[0]) in ("msm", "kv4"):
+        family = caches
     if not _native.HAS_OPS or _native._C is None:
         return f"{family}: {REFERENCE}"
     for name in os.environ.get("TESSELLA_FORCE", "").split(","):
@@ -105,4 +109,6 @@ def _kernel(event: Any, threads: int) -> str:
         N = event.concrete_inputs[6]
         K = (codes8[0] + codes4[0]) * 128
         return _native._C.plan_w4ax_gemm(codes8[1], N, K, threads)["kernel"]
-    return f"{family}.{_native._C.cpu_isa()['best']}"
+    if family == caches and not op.endswith("_attn"):
+        return op  # plans and appends have one body
+    return f"{family}.{_native._C.cpu_isa()['best']}"  # attention chooses its tiles task by task

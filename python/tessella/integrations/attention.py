@@ -1,6 +1,7 @@
 """Attention for decoding on CPU: all query heads of a KV head are rows of one product.
 
-With one query token torch's attention reads the keys and values of a KV head once for each query
+Keys of a paged cache (:mod:`tessella.integrations.paged`) are attended in its pages. For others:
+with one query token torch's attention reads the keys and values of a KV head once for each query
 head that shares it. Folding those heads into rows reads them once, and is the same sum. Everything
 else (prefill, training, GPUs) is torch's own attention, untouched.
 
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from tessella.integrations.paged import NOTE, PagedLength
 
 NAME = "tessella"
 """What transformers calls it."""
@@ -41,6 +44,14 @@ def attention(
         ([B, S, H, D], None)
     """
     B, H, S, D = query.shape
+    if (layer := getattr(key, NOTE, None)) is not None:
+        how = {
+            "scale": D**-0.5 if scaling is None else scaling,
+            "window": kwargs.get("sliding_window") or 0,
+            "softcap": kwargs.get("softcap") or 0.0,
+            "sinks": kwargs.get("s_aux"),
+        }
+        return layer.attend(query, key, value, attention_mask, **how), None
     J = key.shape[1]
     one_mask = attention_mask is None or attention_mask.shape[1] == 1  # the same for all heads
     decoding = S == 1 and H > J and dropout == 0.0 and not torch.is_grad_enabled()
@@ -78,5 +89,16 @@ def use(model: nn.Module) -> bool:
     return True
 
 
+def mask(*args, kv_length: int, attention_mask: Tensor | None = None, **kwargs) -> Tensor | None:
+    """transformers' mask interface: torch's mask, or for a paged cache the padding [B, T] if any.
+
+    What a query of a paged cache sees follows from its position; no mask is made for that.
+    """
+    if not isinstance(kv_length, PagedLength):
+        return sdpa_mask(*args, kv_length=kv_length, attention_mask=attention_mask, **kwargs)
+    padded = attention_mask is not None and not bool(attention_mask.all())
+    return attention_mask if padded else None
+
+
 AttentionInterface.register(NAME, attention)
-AttentionMaskInterface.register(NAME, sdpa_mask)
+AttentionMaskInterface.register(NAME, mask)

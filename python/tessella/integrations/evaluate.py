@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import Cache
 
 LOGIT_ELEMENTS = 1 << 24
 """Most logits held in fp32 at a time (64 MiB), whatever the size of the vocabulary."""
@@ -105,6 +106,8 @@ def perplexity(
     reference: nn.Module | None = None,
     limit_tokens: int | None = None,
     progress: Callable[[int, int], None] | None = None,
+    cache: Callable[[], Cache] | None = None,
+    memo: dict[int, Tensor] | None = None,
 ) -> EvalResult:
     """Score `docs` with a Hugging Face causal LM, and compare it with a reference in one pass.
 
@@ -115,6 +118,10 @@ def perplexity(
         ctx: tokens in a window, 2 up to what the models' positions allow.
         limit_tokens: predict only the first so many tokens of the documents.
         progress: called with (tokens done, tokens in all) after each window.
+        cache: makes an empty cache, through which the model (not the reference) reads each
+            window: its tokens attend to what the cache keeps of them and of those before.
+        memo: filled with the reference's hidden states, and read where it has them: one dict for
+            several calls with the same documents, ctx and reference saves its work.
 
     Logits are made a few rows at a time (:data:`LOGIT_ELEMENTS`) for models whose logits are the
     output embedding of the last hidden state, which is verified, not assumed; others hold the
@@ -138,10 +145,12 @@ def perplexity(
         raise EvaluationError("perplexity: the text holds no token to predict")
     total = sum(len(w.targets) for w in windows)
     scorers = [_Scorer(m, windows[0].inputs[:8]) for m in models]
+    scorers[0].cache = cache
+    scorers[-1].memo = memo if reference is not None else None
     sums = []
     done = 0
-    for w in windows:
-        sums.append(_score_window(scorers, w))
+    for i, w in enumerate(windows):
+        sums.append(_score_window(scorers, w, i))
         done += len(w.targets)
         if progress is not None:
             progress(done, total)
@@ -161,6 +170,8 @@ class _Scorer:
     def __init__(self, model: nn.Module, probe: Tensor):
         """`probe`: a few token ids, on which splitting off the head is tried."""
         self.model = model
+        self.cache: Callable[[], Cache] | None = None
+        self.memo: dict[int, Tensor] | None = None
         self.name = getattr(model, "name_or_path", "") or type(model).__name__
         self.head = self._split_head(probe.to(model.device)[None])
 
@@ -176,12 +187,23 @@ class _Scorer:
         # A soft cap, a scale or a projection between the two would show here.
         return head if torch.equal(head(hidden), logits) else None
 
+    def remembered(self, number: int, inputs_n: Tensor) -> Tensor:
+        """:meth:`hidden` of a window, once for all calls that share a memo."""
+        if self.memo is None:
+            return self.hidden(inputs_n)
+        if number not in self.memo:
+            self.memo[number] = self.hidden(inputs_n)
+        return self.memo[number]
+
     def hidden(self, inputs_n: Tensor) -> Tensor:
         """What :meth:`logits` turns into logits: [n, hidden], or [n, V] of an unsplit model."""
         ids = inputs_n.to(self.model.device)[None]
+        through = {"use_cache": False}
+        if self.cache is not None:
+            through = {"use_cache": True, "past_key_values": self.cache()}
         if self.head is None:
-            return self.model(input_ids=ids, use_cache=False).logits[0]
-        return self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
+            return self.model(input_ids=ids, **through).logits[0]
+        return self.model.base_model(input_ids=ids, **through).last_hidden_state[0]
 
     def log_probs(self, rows: Tensor) -> Tensor:
         """fp32 log-probabilities [rows, V] of some rows of :meth:`hidden`, on the CPU or GPU."""
@@ -189,9 +211,9 @@ class _Scorer:
         return torch.log_softmax(logits.float(), dim=-1)
 
 
-def _score_window(scorers: list[_Scorer], w: Window) -> Tensor:
+def _score_window(scorers: list[_Scorer], w: Window, number: int) -> Tensor:
     """fp64 [4]: sums over a window of NLL, reference NLL, KL and agreements."""
-    states = [s.hidden(w.inputs) for s in scorers]
+    states = [s.remembered(number, w.inputs) for s in scorers]
     sums = torch.zeros(4, dtype=torch.float64)
     for rows in _chunks(len(w.targets), scorers[0].model.config.get_text_config().vocab_size):
         targets = w.targets[rows]

@@ -28,6 +28,8 @@ class Generation:
     """From the prompt entering the model to the first new token."""
     decode_seconds: float
     """From the first new token to the last."""
+    steps: int | None = None
+    """Passes of the model, when several tokens may come of one."""
 
     @property
     def tokens(self) -> int:
@@ -56,6 +58,8 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
     stop_at_eos: bool = True,
+    kv: str | None = None,
+    speculate: int = 0,
     on_text: Callable[[str], None] | None = None,
 ) -> Generation:
     """Complete one prompt with ``model.generate``.
@@ -70,6 +74,11 @@ def generate(
         top_p: sample among the likeliest tokens that hold this share of the probability, (0, 1].
         seed: of the sampling, which leaves torch's global generators as they were.
         stop_at_eos: False generates exactly `max_new_tokens` (for timing).
+        kv: codec of a paged cache, a name of :mod:`tessella.quant.kv`; None: what the checkpoint
+            was converted for, else a cache of plain tensors; "none": plain tensors.
+        speculate: tokens drafted for each step from what the text repeats, and verified as a tree
+            in one pass (:mod:`tessella.integrations.runner`); the text is that of temperature 0.
+            Settings of ``generation_config.json`` other than its end tokens are not used then.
         on_text: called with each piece of new text as soon as it is final.
 
     Settings not named here (repetition penalty, for one) come from the checkpoint's
@@ -87,19 +96,26 @@ def generate(
         sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
     if not stop_at_eos:
         sampling["eos_token_id"] = None
+    if speculate and temperature > 0:
+        raise GenerationError(f"generate: speculate: expected temperature 0, got {temperature}")
     streamer = _TimedStreamer(tokenizer, on_text)
     cuda = [model.device] if model.device.type == "cuda" else []
     with torch.inference_mode(), torch.random.fork_rng(devices=cuda):
         torch.manual_seed(seed)
-        model.generate(
-            ids_1S,
-            attention_mask=torch.ones_like(ids_1S),
-            max_new_tokens=max_new_tokens,
-            pad_token_id=_pad_id(model, tokenizer),
-            past_key_values=_cache(model),
-            streamer=streamer,
-            **sampling,
-        )
+        if speculate:
+            eos = _end_ids(model) if stop_at_eos else frozenset()
+            steps = _speculate(model, ids_1S, max_new_tokens, kv, speculate, eos, streamer)
+        else:
+            steps = None
+            model.generate(
+                ids_1S,
+                attention_mask=torch.ones_like(ids_1S),
+                max_new_tokens=max_new_tokens,
+                pad_token_id=_pad_id(model, tokenizer),
+                past_key_values=_cache(model, kv),
+                streamer=streamer,
+                **sampling,
+            )
     start, first, last = streamer.times[0], streamer.times[1], streamer.times[-1]
     return Generation(
         text=tokenizer.decode(streamer.ids, skip_special_tokens=True),
@@ -107,7 +123,35 @@ def generate(
         prompt_tokens=ids_1S.shape[1],
         prefill_seconds=first - start,
         decode_seconds=last - first,
+        steps=steps,
     )
+
+
+def _speculate(
+    model: nn.Module,
+    ids_1S: Tensor,
+    max_new_tokens: int,
+    kv: str | None,
+    drafts: int,
+    eos: frozenset[int],
+    streamer: _TimedStreamer,
+) -> int:
+    """Generate through the runner; the number of its steps."""
+    from tessella.integrations.runner import Runner
+
+    room = ids_1S.shape[1] + max_new_tokens + drafts
+    runner = Runner(model, codec=kv, tokens=room, speculate=drafts, eos=eos, sequences=1)
+    streamer.put(ids_1S)
+    prompt = ids_1S[0].tolist()
+    runner.submit(prompt, max_new_tokens, lambda token: streamer.put(torch.tensor([token])))
+    steps = runner.run().steps
+    streamer.end()
+    return steps
+
+
+def _end_ids(model: nn.Module) -> frozenset[int]:
+    eos = model.generation_config.eos_token_id
+    return frozenset(eos if isinstance(eos, list) else [] if eos is None else [eos])
 
 
 class _TimedStreamer(TextStreamer):
@@ -172,10 +216,15 @@ def _check_room(model: nn.Module, prompt_tokens: int, max_new_tokens: int) -> No
         )
 
 
-def _cache(model: nn.Module):
-    """One that grows in place for a converted model; None: what the model would take itself."""
+def _cache(model: nn.Module, kv: str | None = None):
+    """Paged if there is a codec; else one that grows in place for a converted model, else None."""
     from tessella.integrations import attention
     from tessella.integrations.cache import growing_cache
+    from tessella.integrations.paged import checkpoint_codec, paged_cache
+
+    codec = kv or checkpoint_codec(model)
+    if codec and codec != "none":
+        return paged_cache(model, codec)
 
     ours = getattr(model.config, "_attn_implementation", None) == attention.NAME
     return growing_cache(model.config) if ours else None

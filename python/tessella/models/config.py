@@ -8,7 +8,9 @@ from typing import Any
 
 from tessella._version import __version__
 from tessella.formats import FORMAT_VERSION, GRANULARITIES, SCHEMES
+from tessella.formats_kv import KV_VERSION
 from tessella.models.errors import CheckpointError
+from tessella.quant import kv
 from tessella.quant.recipe import Recipe, RecipeError
 
 QUANT_METHOD = "tessella"
@@ -32,13 +34,22 @@ class QuantizationConfig:
     recipe: Recipe
     layers: dict[str, LayerFormat]
 
+    @property
+    def cache(self) -> str | None:
+        """Codec of the cache that the checkpoint is run with."""
+        return self.recipe.cache
+
     def to_dict(self) -> dict[str, Any]:
         """The JSON object for config.json."""
+        cache = {}
+        if self.cache is not None:
+            cache["cache"] = {"codec": self.cache, "version": KV_VERSION}
         return {
             "quant_method": QUANT_METHOD,
             "format_version": FORMAT_VERSION,
             "tessella_version": __version__,
             "recipe": self.recipe.to_dict(),
+            **cache,
             "layers": {name: dataclasses.asdict(f) for name, f in self.layers.items()},
         }
 
@@ -55,6 +66,7 @@ class QuantizationConfig:
                 f"{where}.quant_method: expected {QUANT_METHOD!r}, got {method!r}"
             )
         check_version(d, file)
+        _check_cache(d.get("cache"), f"{where}.cache")
         try:
             recipe = Recipe.from_dict(d.get("recipe"))
         except RecipeError as e:
@@ -79,6 +91,23 @@ def check_version(d: dict[str, Any], file: str) -> None:
             f"{version}: the checkpoint was written by a newer tessella "
             f"({d.get('tessella_version', 'unknown')}; this is {__version__})"
         )
+
+
+def _check_cache(d: Any, where: str) -> None:
+    """Refuse (CheckpointError) a cache whose codec or page version is not known here."""
+    if d is None:
+        return
+    if not isinstance(d, dict) or d.keys() != {"codec", "version"}:
+        raise CheckpointError(f"{where}: expected fields codec, version, got {d!r}")
+    if d["version"] != KV_VERSION:
+        raise CheckpointError(
+            f"{where}.version: expected {KV_VERSION}, got {d['version']!r}: its pages are those of "
+            "another version of tessella"
+        )
+    try:
+        kv.parse(str(d["codec"]))
+    except kv.CodecError as e:
+        raise CheckpointError(f"{where}.codec: {e}") from None
 
 
 def _layer(where: str, d: Any) -> LayerFormat:

@@ -27,6 +27,7 @@ from tessella.models.hub import CARRIED, resolve
 from tessella.models.partial import Partial, check_target, free_bytes
 from tessella.models.plan import Linear, Shard, plan
 from tessella.models.report import LayerRecord, Progress, Report, peak_rss
+from tessella.quant import kv
 from tessella.quant.recipe import Recipe
 from tessella.quant.rtn import relative_error
 
@@ -67,6 +68,7 @@ def convert(
     _check_device(device)
     try:
         source = Checkpoint.open(resolve(model))
+        _check_cache(source, recipe)
         shards = plan(source, recipe)
         if dry_run:
             layers = [_record(linear, None) for shard in shards for linear in shard.linears]
@@ -161,6 +163,18 @@ def _write_small_files(
         for file in sorted(source.path.glob(pattern)):
             if file.is_file():
                 partial.copy_file(file, str(file.relative_to(source.path)))
+
+
+def _check_cache(source: Checkpoint, recipe: Recipe) -> None:
+    """Refuse (CheckpointError) a cache codec that does not fit the model's heads."""
+    config = source.config
+    if recipe.cache is None:
+        return
+    D = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    try:
+        kv.parse(recipe.cache).check(D)
+    except kv.CodecError as e:
+        raise CheckpointError(f"{source.path / CONFIG}: {e}") from None
 
 
 def _check_device(device: str) -> None:

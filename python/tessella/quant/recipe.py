@@ -15,6 +15,9 @@ in the checkpoint's config::
     granularity = "token"       # token, class, block
     k8 = 1.0                    # fraction of the channels in INT8, the rest is INT4
 
+    [cache]
+    codec = "kv4-hadamard"      # of keys and values; without it they stay as computed
+
     [[steps]]
     use = "rtn"                 # round to nearest
     clip = "mse"                # mse, none
@@ -35,7 +38,7 @@ import tomli_w
 from torch import Tensor
 
 from tessella.formats import BLOCK_K, GRANULARITIES, SCHEMES, W4Weight, padded_k
-from tessella.quant import rtn
+from tessella.quant import kv, rtn
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -60,6 +63,13 @@ def _fields(where: str, d: Any, valid: tuple[str, ...]) -> dict[str, Any]:
 def _expect_one_of(where: str, value: Any, valid) -> None:
     if not isinstance(value, str) or value not in valid:
         raise RecipeError(f"recipe: {where}: expected one of {', '.join(valid)}, got {value!r}")
+
+
+def _check_codec(name: Any) -> None:
+    try:
+        kv.parse(name if isinstance(name, str) else "")
+    except kv.CodecError as e:
+        raise RecipeError(f"recipe: cache.codec: {e}") from None
 
 
 @dataclass(frozen=True)
@@ -97,6 +107,7 @@ class Recipe:
     lm_head: bool = False
     skip: tuple[str, ...] = ()
     steps: tuple[Rtn, ...] = (Rtn(),)
+    cache: str | None = None
 
     def __post_init__(self):
         if not isinstance(self.name, str) or not self.name:
@@ -122,6 +133,8 @@ class Recipe:
                 f"recipe: weights.skip: expected a list of name patterns, got {self.skip!r}"
             )
         object.__setattr__(self, "skip", tuple(self.skip))
+        if self.cache is not None:
+            _check_codec(self.cache)
         object.__setattr__(self, "steps", tuple(self.steps))
         makers = [hasattr(step, "quantize") for step in self.steps]
         if not makers or not makers[-1] or any(makers[:-1]):
@@ -147,10 +160,12 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """Nested plain values: what TOML and the checkpoint's config hold."""
+        cache = {} if self.cache is None else {"cache": {"codec": self.cache}}
         return {
             "name": self.name,
             "weights": {"scheme": self.scheme, "lm_head": self.lm_head, "skip": list(self.skip)},
             "activations": {"granularity": self.granularity, "k8": self.k8},
+            **cache,
             "steps": [{"use": _step_name(s), **dataclasses.asdict(s)} for s in self.steps],
         }
 
@@ -164,12 +179,14 @@ class Recipe:
 
         Raises RecipeError on unknown fields, steps or values, listing the valid ones.
         """
-        top = _fields("recipe", d, ("name", "weights", "activations", "steps"))
+        top = _fields("recipe", d, ("name", "weights", "activations", "cache", "steps"))
         if "name" not in top:
             raise RecipeError("recipe: name: expected a non-empty string, got nothing")
         weights = _fields("weights", top.get("weights", {}), ("scheme", "lm_head", "skip"))
         acts = _fields("activations", top.get("activations", {}), ("granularity", "k8"))
         kwargs = {"name": top["name"], **weights, **acts}
+        if "cache" in top:
+            kwargs["cache"] = _fields("cache", top["cache"], ("codec",)).get("codec")
         if "steps" in top:
             if not isinstance(top["steps"], list):
                 raise RecipeError(f"recipe: steps: expected a list, got {top['steps']!r}")
@@ -194,6 +211,7 @@ PRESETS: dict[str, Recipe] = {
         Recipe("w4a8-channel", scheme="channel"),
         Recipe("w4a8-b128", granularity="block"),
         Recipe("w4a4", granularity="block", k8=0.0),
+        Recipe("w4a8kv4", cache=kv.DEFAULT),
     )
 }
 """Recipes by name. ``w4a8`` (two-level scales, per-token INT8) is what the kernels favour."""

@@ -1,0 +1,77 @@
+"""Records of accuracy: what an evaluation measured, merged into a results file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from tessella.bench import records
+from tessella.models.linear import W4AxLinear
+
+KEY = ("model", "recipe", "kv", "ctx")
+"""What makes two records the same evaluation."""
+
+
+def record(model: str, lm: nn.Module, answer: dict[str, Any], ctx: int) -> dict[str, Any]:
+    """The record of one evaluation: `answer` is what ``tessella eval --json`` prints."""
+    quantization = getattr(lm.config, "quantization_config", None)
+    recipe = getattr(quantization, "recipe", {}).get("name", "bf16")
+    weights = sum(t.numel() * t.element_size() for t in _weights(lm))
+    stamp = records.stamp(str(lm.device))
+    rounded = {
+        key: answer[key] if answer[key] is None else round(answer[key], 6)
+        for key in ("ppl", "ppl_stderr", "ppl_ref", "kl", "top1", "ppl_ratio", "ppl_ratio_stderr")
+    }
+    return {
+        "model": Path(model).name,
+        "recipe": recipe,
+        "kv": answer["kv"],
+        "ctx": ctx,
+        "tokens": answer["tokens"],
+        "outliers": None,
+        **rounded,
+        "w4a4_fraction": None,
+        "weight_bytes": weights,
+        "cache_bytes_per_token": answer["cache_bytes_per_token"],
+        "commit": stamp["commit"],
+        "date": stamp["date"],
+    }
+
+
+def save(path: Path, new: dict[str, Any]) -> None:
+    """Add a record to a file; the same evaluation done again replaces its old record."""
+    old = json.loads(path.read_text()) if path.exists() else []
+    merged = {tuple(r.get(k) for k in KEY): r for r in [*old, new]}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = ",\n ".join(json.dumps(r) for r in merged.values())
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(f"[\n {rows}\n]\n")
+    temporary.replace(path)
+
+
+def markdown(records: list[dict[str, Any]]) -> str:
+    """A table of evaluations, and what they were done on."""
+    head = ("recipe", "cache", "bytes a token", "of bf16", "perplexity", "ratio", "KL", "top-1")
+    lines = ["| " + " | ".join(head) + " |", "|---|---|" + "---:|" * (len(head) - 2)]
+    plain = {r["cache_bytes_per_token"] for r in records if r["kv"] == "bf16"}
+    for r in records:
+        nbytes = r["cache_bytes_per_token"]
+        size = "" if nbytes is None else f"{nbytes:,.0f}"
+        share = "" if nbytes is None or len(plain) != 1 else f"{nbytes / max(plain):.1%}"
+        ratio = f"{r['ppl_ratio']:.4f} ± {r['ppl_ratio_stderr']:.4f}"
+        cells = (r["recipe"], f"`{r['kv']}`", size, share, f"{r['ppl']:.4f}", ratio)
+        lines.append("| " + " | ".join((*cells, f"{r['kl']:.5f}", f"{r['top1']:.2%}")) + " |")
+    about = sorted(
+        {f"{r['model']}, {r['tokens']:,} tokens, windows of {r['ctx']}" for r in records}
+    )
+    commits = sorted({f"{r['commit']} of {r['date']}" for r in records})
+    return "\n".join(lines) + f"\n\n{'; '.join(about)}; measured at {', '.join(commits)}."
+
+
+def _weights(lm: nn.Module) -> list:
+    """Every tensor of the model's weights, 4-bit blobs included, shared ones once."""
+    blobs = [m.blob for m in lm.modules() if isinstance(m, W4AxLinear)]
+    return [*lm.parameters(), *blobs]

@@ -1,0 +1,1 @@
+"""Caches of keys and values in pages: block tables, codecs, and the cache that models use."""

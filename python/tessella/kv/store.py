@@ -1,0 +1,104 @@
+"""The pages of all layers under one block table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from tessella.formats_kv import KV4Pages, KVCodec, KVPages
+from tessella.kv.blocks import BlockTable
+
+
+@dataclass(frozen=True)
+class CacheShape:
+    """What a model asks of its cache."""
+
+    layers: int
+    J: int
+    """Heads of keys and values."""
+    D: int
+    """Channels of a head."""
+    dtype: torch.dtype = torch.bfloat16
+    """Of the model's keys and values."""
+    device: str = "cpu"
+
+
+class Store:
+    """Pages of one format, the same blocks in every layer."""
+
+    def __init__(
+        self,
+        shape: CacheShape,
+        codec: KVCodec | None,
+        *,
+        pages: int,
+        page_size: int,
+        sequences: int,
+        grows: bool,
+        dtype: torch.dtype,
+    ):
+        """`codec` None: uncoded pages of `dtype`. `sequences`: rows of tails, where there are any.
+
+        `grows`: add pages instead of refusing when they run out.
+        """
+        self.grows = grows
+        self.table = BlockTable(pages, page_size)
+        J, Z, D, device = shape.J, page_size, shape.D, shape.device
+        self.layers: list[KVPages | KV4Pages] = []
+        for _ in range(shape.layers):
+            if codec is None:
+                empty = torch.empty(pages, J, 2, Z, D, dtype=dtype, device=device)
+                self.layers.append(KVPages(empty))
+                continue
+            blob = torch.empty(pages, J, codec.page_bytes(Z, D), dtype=torch.uint8, device=device)
+            channel = codec.k_axis == "channel"
+            tail = torch.zeros(sequences, J, Z, D, device=device) if channel else None
+            self.layers.append(KV4Pages(blob, codec, Z, D, tail))
+
+    @property
+    def Z(self) -> int:
+        """Tokens of a page."""
+        return self.table.Z
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all pages."""
+        return sum(_memory(layer).nbytes for layer in self.layers)
+
+    def make_room(self, blocks: int, tokens: int) -> None:
+        """See that `blocks` can be had. Raises CacheFullError, with nothing changed."""
+        short = blocks - self.table.available
+        if short > 0 and self.grows:
+            more = max(short, len(self.table.pool.holders) // 2)
+            self.table.pool.extend(more)
+            self.layers = [_longer(layer, more) for layer in self.layers]
+        self.table.reserve(blocks, tokens)
+
+    def grow(self, handles: list[int], counts: list[int]) -> list[int]:
+        """Slots of new tokens, for which there is room; shared pages are copied first."""
+        growth = self.table.grow(handles, counts)
+        if growth.copies:
+            source, target = torch.tensor(growth.copies).T
+            for layer in self.layers:
+                memory = _memory(layer)
+                memory[target.to(memory.device)] = memory[source.to(memory.device)]
+        return growth.slots
+
+    def read(self, layer: int, handle: int, length: int) -> tuple[Tensor, Tensor]:
+        """Keys and values [length, J, D] of uncoded pages."""
+        seq = self.table[handle]
+        pages = self.layers[layer].pages[seq.blocks]  # n, J, 2, Z, D
+        k, v = pages.permute(2, 0, 3, 1, 4).flatten(1, 2)[:, :length]
+        return k, v
+
+
+def _memory(layer: KVPages | KV4Pages) -> Tensor:
+    return layer.pages if isinstance(layer, KVPages) else layer.blob
+
+
+def _longer(layer: KVPages | KV4Pages, more: int) -> KVPages | KV4Pages:
+    old = _memory(layer)
+    new = torch.cat([old, old.new_empty((more, *old.shape[1:]))])
+    return KVPages(new) if isinstance(layer, KVPages) else replace(layer, blob=new)
