@@ -8,7 +8,7 @@ from pathlib import PurePosixPath
 
 from repo.tree import Tree, rule
 
-_BASE = {"_version", "formats", "layout"}
+_BASE = {"_version", "formats", "formats_kv", "layout", "layout_kv"}
 _ALGORITHM = _BASE | {"ref"}
 _RUNTIME = _ALGORITHM | {"_native", "ops"}
 _MODELS = _RUNTIME | {"quant", "mla"}
@@ -19,9 +19,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "_C": set(),
     "_ops": set(),
     "formats": set(),
+    "formats_kv": {"formats"},
     "layout": {"formats"},
-    "ref": {"formats", "layout"},
-    "ops": {"_native", "formats", "layout", "ref"},
+    "layout_kv": {"formats_kv"},
+    "ref": _BASE - {"_version"},
+    "ops": _ALGORITHM - {"_version"} | {"_native"},
     "quant": _ALGORITHM,
     "mla": _ALGORITHM,
     "testing": _RUNTIME,
