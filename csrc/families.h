@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "act_quant/kernels.h"
+#include "msm/kernels.h"
 #include "w4ax_gemm/kernels.h"
 
 namespace tessella {
@@ -20,6 +21,15 @@ inline std::vector<Family> families() {
 #undef X
 #define X(name) "act_quant." #name,
                TSL_ACT_QUANT_CUDA(X)
+#undef X
+       }},
+      {"msm",
+       {
+#define X(isa) "msm." #isa ".tile",
+           TSL_MSM_TILE(X)
+#undef X
+#define X(isa) "msm." #isa ".bf16",
+               TSL_MSM_BF16(X)
 #undef X
        }},
       {"w4ax_gemm",

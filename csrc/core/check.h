@@ -47,6 +47,8 @@ inline std::string dtype_text(ScalarType t) {
       return "int8";
     case ScalarType::Int:
       return "int32";
+    case ScalarType::Long:
+      return "int64";
     case ScalarType::Half:
       return "float16";
     case ScalarType::Float:

@@ -60,6 +60,10 @@ static Env read_env() {
   if (!programmatic.empty() && programmatic != "0" && programmatic != "1")
     e.error = unknown("TESSELLA_PDL", programmatic, {"0", "1"});
   e.programmatic = programmatic != "0";
+  const std::string debug = read("TESSELLA_DEBUG");
+  if (!debug.empty() && debug != "0" && debug != "1")
+    e.error = unknown("TESSELLA_DEBUG", debug, {"0", "1"});
+  e.debug = debug == "1";
   return e;
 }
 

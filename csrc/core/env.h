@@ -3,6 +3,7 @@
 //   TESSELLA_CPU_ISA=avx2              the best instruction set to use (a cap, for tests)
 //   TESSELLA_FORCE=w4ax_gemm.avx2.wide one kernel per family, comma-separated
 //   TESSELLA_PDL=0                     no programmatic dependent launch on Hopper
+//   TESSELLA_DEBUG=1                   appends raise on a slot outside the cache
 //   TESSELLA_LOG=plan                  print each new problem and the plan chosen for it, once
 #pragma once
 #include <string>
@@ -17,6 +18,7 @@ struct Env {
   std::vector<std::string> force;
   bool log_plan = false;
   bool programmatic = true;
+  bool debug = false;
   std::string error;  // what is wrong with a variable, naming the valid values
 };
 

@@ -77,8 +77,16 @@ bool isa_supported(Isa isa) {
   }
   return false;
 }
+
+bool has_bf16(Isa isa) {  // AVX512_BF16: cpuid leaf 7.1, eax bit 5
+  if (isa != Isa::avx512vnni || !isa_supported(isa) || !max_leaf_has_7_1()) return false;
+  unsigned eax = 7, ebx = 0, ecx = 1, edx = 0;
+  __asm__("cpuid" : "+a"(eax), "=b"(ebx), "+c"(ecx), "=d"(edx));
+  return eax >> 5 & 1;
+}
 #else
 bool isa_supported(Isa) { return true; }
+bool has_bf16(Isa) { return false; }
 #endif
 
 }  // namespace tessella

@@ -48,6 +48,18 @@ inline float reduce_add(VF a) {
   return _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)));
 }
 inline VF fma(VF a, VF b, VF c) { return _mm256_fmadd_ps(a, b, c); }
+inline float reduce_max(VF a) {
+  __m128 x = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+  x = _mm_max_ps(x, _mm_movehl_ps(x, x));
+  return _mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x)));
+}
+inline VF sub(VF a, VF b) { return _mm256_sub_ps(a, b); }
+inline VI to_bits(VF x) { return _mm256_castps_si256(x); }
+inline VF from_bits(VI x) { return _mm256_castsi256_ps(x); }
+inline VI shift_right(VI x, int by) { return _mm256_srli_epi32(x, by); }  // zeros come in
+inline VI shift_left(VI x, int by) { return _mm256_slli_epi32(x, by); }
+inline VI bit_and(VI a, VI b) { return _mm256_and_si256(a, b); }
+inline VI bit_or(VI a, VI b) { return _mm256_or_si256(a, b); }
 inline VF to_f(VI x) { return _mm256_cvtepi32_ps(x); }
 inline VI round_to_i(VF x) { return _mm256_cvtps_epi32(x); }  // to nearest, ties to even
 inline VF pow2(VI e) {                                        // 2^e, -126 <= e <= 127
@@ -82,6 +94,33 @@ inline void store_x(BF16* p, VF x) {
 inline void store_i8(int8_t* p, VI x) {
   const __m128i h = _mm_packs_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
   _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(h, h));
+}
+inline void store_i16(void* p, VI x) {  // the low 16 bits of each lane
+  _mm_storeu_si128(static_cast<__m128i*>(p), low16(_mm256_and_si256(x, set1_i(0xffff))));
+}
+
+// dst[j][i] = src[i][j] for kLanes x kLanes 32-bit words; strides in bytes.
+inline void transpose(const void* src, int64_t src_stride, void* dst, int64_t dst_stride) {
+  VI r[8], t[8];
+  for (int i = 0; i < 8; ++i) r[i] = load_i(static_cast<const char*>(src) + i * src_stride);
+#pragma GCC unroll 4
+  for (int i = 0; i < 8; i += 2) {
+    t[i] = _mm256_unpacklo_epi32(r[i], r[i + 1]);
+    t[i + 1] = _mm256_unpackhi_epi32(r[i], r[i + 1]);
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 8; i += 4) {
+    r[i] = _mm256_unpacklo_epi64(t[i], t[i + 2]);
+    r[i + 1] = _mm256_unpackhi_epi64(t[i], t[i + 2]);
+    r[i + 2] = _mm256_unpacklo_epi64(t[i + 1], t[i + 3]);
+    r[i + 3] = _mm256_unpackhi_epi64(t[i + 1], t[i + 3]);
+  }
+  char* to = static_cast<char*>(dst);
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    store_i(to + i * dst_stride, _mm256_permute2x128_si256(r[i], r[i + 4], 0x20));
+    store_i(to + (i + 4) * dst_stride, _mm256_permute2x128_si256(r[i], r[i + 4], 0x31));
+  }
 }
 
 // --- codes
@@ -137,3 +176,15 @@ inline VI dot_end(const Dot& d) {
 }
 #endif
 inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+
+// --- bf16 pairs
+// acc += the two products of each lane's pair of bf16.
+inline void dot_bf16(VF& acc, VI a, VI b) {
+  const VI high = set1_i(int32_t(0xffff0000u));
+  acc = fma(from_bits(shift_left(a, 16)), from_bits(shift_left(b, 16)), acc);
+  acc = fma(from_bits(bit_and(a, high)), from_bits(bit_and(b, high)), acc);
+}
+// kLanes pairs (a[i], b[i]).
+inline VI pairs_bf16(const BF16* a, const BF16* b) {
+  return bit_or(shift_right(to_bits(load_x(a)), 16), to_bits(load_x(b)));
+}

@@ -33,6 +33,14 @@ inline VF div(VF a, VF b) { return _mm512_div_ps(a, b); }
 inline VF min(VF a, VF b) { return _mm512_min_ps(a, b); }
 inline VF max(VF a, VF b) { return _mm512_max_ps(a, b); }
 inline float reduce_add(VF a) { return _mm512_reduce_add_ps(a); }
+inline float reduce_max(VF a) { return _mm512_reduce_max_ps(a); }
+inline VF sub(VF a, VF b) { return _mm512_sub_ps(a, b); }
+inline VI to_bits(VF x) { return _mm512_castps_si512(x); }
+inline VF from_bits(VI x) { return _mm512_castsi512_ps(x); }
+inline VI shift_right(VI x, int by) { return _mm512_srli_epi32(x, by); }  // zeros come in
+inline VI shift_left(VI x, int by) { return _mm512_slli_epi32(x, by); }
+inline VI bit_and(VI a, VI b) { return _mm512_and_si512(a, b); }
+inline VI bit_or(VI a, VI b) { return _mm512_or_si512(a, b); }
 inline VF fma(VF a, VF b, VF c) { return _mm512_fmadd_ps(a, b, c); }
 inline VF to_f(VI x) { return _mm512_cvtepi32_ps(x); }
 inline VI round_to_i(VF x) { return _mm512_cvtps_epi32(x); }  // to nearest, ties to even
@@ -67,6 +75,42 @@ inline void store_x(BF16* p, VF x) {
 inline void store_i8(int8_t* p, VI x) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(x));
 }
+inline void store_i16(void* p, VI x) {  // the low 16 bits of each lane
+  _mm256_storeu_si256(static_cast<__m256i*>(p), _mm512_cvtepi32_epi16(x));
+}
+
+// dst[j][i] = src[i][j] for kLanes x kLanes 32-bit words; strides in bytes.
+inline void transpose(const void* src, int64_t src_stride, void* dst, int64_t dst_stride) {
+  VI r[16], t[16];
+  for (int i = 0; i < 16; ++i) r[i] = load_i(static_cast<const char*>(src) + i * src_stride);
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) {
+    t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
+    t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4) {
+    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
+    t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
+    t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
+    t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
+  }
+  char* to = static_cast<char*>(dst);
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    store_i(to + i * dst_stride, _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88));
+    store_i(to + (i + 8) * dst_stride, _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd));
+    store_i(to + (i + 4) * dst_stride, _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88));
+    store_i(to + (i + 12) * dst_stride, _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd));
+  }
+}
 
 // --- codes
 // 4 activation codes in every lane.
@@ -99,3 +143,17 @@ inline void dot(Dot& d, VI w, VI x) {
 }
 inline VI dot_end(const Dot& d) { return d.acc; }
 inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+
+// --- bf16 pairs
+// acc += the two products of each lane's pair of bf16. The body that uses it is only run where
+// the CPU has it (isa.h); asm, since this region does not enable it.
+inline void dot_bf16(VF& acc, VI a, VI b) {
+  __asm__("vdpbf16ps %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b));
+}
+// kLanes pairs (a[i], b[i]).
+inline VI pairs_bf16(const BF16* a, const BF16* b) {
+  const VI index = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39,
+                                    7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+  return _mm512_permutex2var_epi16(_mm512_castsi256_si512(load16(a)), index,
+                                   _mm512_castsi256_si512(load16(b)));
+}

@@ -40,6 +40,16 @@ inline VF min(VF a, VF b) { return {a.v < b.v ? a.v : b.v}; }
 inline VF max(VF a, VF b) { return {a.v > b.v ? a.v : b.v}; }
 inline float reduce_add(VF a) { return a.v; }
 inline VF fma(VF a, VF b, VF c) { return {a.v * b.v + c.v}; }  // rounds twice
+inline float reduce_max(VF a) { return a.v; }
+inline VF sub(VF a, VF b) { return {a.v - b.v}; }
+inline VI to_bits(VF x) { return {int32_t(float_to_bits(x.v))}; }
+inline VF from_bits(VI x) { return {bits_to_float(uint32_t(x.v))}; }
+inline VI shift_right(VI x, int by) { return {int32_t(uint32_t(x.v) >> by)}; }  // zeros come in
+inline VI shift_left(VI x, int by) { return {int32_t(uint32_t(x.v) << by)}; }
+inline VI bit_and(VI a, VI b) { return {a.v & b.v}; }
+inline VI bit_or(VI a, VI b) { return {a.v | b.v}; }
+// dst[j][i] = src[i][j] for kLanes x kLanes 32-bit words: here one.
+inline void transpose(const void* src, int64_t, void* dst, int64_t) { store_i(dst, load_i(src)); }
 inline VF to_f(VI x) { return {float(x.v)}; }
 // To nearest, ties to even: the sum's unit is 1, so the addition itself rounds (|x| < 2^22).
 inline VI round_to_i(VF x) {
@@ -57,6 +67,7 @@ void store_x(T* p, VF x) {
   *p = from_float<T>(x.v);
 }
 inline void store_i8(int8_t* p, VI x) { *p = int8_t(x.v); }
+inline void store_i16(void* p, VI x) { __builtin_memcpy(p, &x, 2); }  // the low 16 bits
 
 // --- codes: the 4 bytes of a lane
 inline VI codes4(const int8_t* p) { return load_i(p); }
@@ -81,3 +92,15 @@ inline void dot(Dot& d, VI w, VI x) {
 }
 inline VI dot_end(const Dot& d) { return {d.acc}; }
 inline void prefetch(const void*) {}
+
+// --- bf16 pairs
+// acc += the two products of each lane's pair of bf16.
+inline void dot_bf16(VF& acc, VI a, VI b) {
+  const VI high = set1_i(int32_t(0xffff0000u));
+  acc = fma(from_bits(shift_left(a, 16)), from_bits(shift_left(b, 16)), acc);
+  acc = fma(from_bits(bit_and(a, high)), from_bits(bit_and(b, high)), acc);
+}
+// kLanes pairs (a[i], b[i]).
+inline VI pairs_bf16(const BF16* a, const BF16* b) {
+  return bit_or(shift_right(to_bits(load_x(a)), 16), to_bits(load_x(b)));
+}

@@ -1,0 +1,69 @@
+// msm: matmul - softmax - matmul over a paged cache of plain numbers.
+//
+//   out[i] = sum_c exp(s[i,c] - lse[i]) v[c],  s[i,c] = cap(scale q[i] . k[c]),  over visible keys c
+//   lse[i] = log(sum_c exp(s[i,c]) + exp(sink)),  cap(x) = softcap tanh(x / softcap)
+//
+// Token i of a request is at position kv_len - q_len + i. A row that sees no key gives 0 and -inf.
+#pragma once
+#include "core/hd.h"
+#include "msm/plan.h"
+
+namespace tessella::msm {
+
+// What any source of keys and values shares.
+struct Batch {
+  const void* q;  // [T][H][D] of `dtype`, strides in elements
+  int64_t q_token, q_head;
+  const int32_t* block_table;  // [B][table_stride]
+  int64_t table_stride;
+  const int32_t *cu_q, *kv_len;  // [B + 1], [B]
+  const int32_t* mask;           // [B] of Mask, or null: causal
+  const uint64_t* tree_bits;     // [..][tree_words]
+  const int32_t* tree_row;       // [B]
+  int64_t tree_words;
+  const float* sinks;  // [H] or null
+  float scale, softcap;
+  int64_t window;
+  int64_t B, T, H, J, D, Z, P;
+  DType dtype;  // of q and out
+  void* out;    // [T][H][D]
+  float* lse;   // [T][H] or null
+  PlanView plan;
+  float *partial, *partial_lse;  // [J][partial_rows][D] and [J][partial_rows]
+
+  Mask mask_of(int64_t b) const { return mask ? Mask(mask[b]) : Mask::kCausal; }
+};
+
+// Rows of a request whose keys were split: parts weighted by exp(lse), sinks added, into out and lse.
+void merge_partials(const Batch& p);
+
+// Floats of scratch that a body needs for head dim D.
+constexpr int64_t scratch_floats(int64_t D) { return 528 * D + 24 * 128 * 2 + 16 * 128 + 256; }
+
+// Multiply-adds of a whole plan, about: whether threads are worth waking.
+int64_t plan_work(const Batch& p);
+
+struct Params : Batch {
+  const void* pages;  // [P][J][2][Z][D] of page_dtype
+  DType page_dtype;
+};
+
+void run_cpu(const Params& p);
+
+struct AppendParams {
+  const void *k, *v;  // [T][J][D] of `dtype`, strides in elements
+  int64_t k_token, k_head, v_token, v_head;
+  const int64_t* slots;     // [T]; outside 0..P*Z-1: skipped
+  const float *cos, *sin;  // [T][R / 2] or null
+  int64_t T, J, D, Z, P, R;
+  DType dtype;
+};
+
+// Key or value [D] of token t and kv head j in fp32, the key rotated.
+void read_key(const AppendParams& p, int64_t t, int64_t j, float* k);
+void read_value(const AppendParams& p, int64_t t, int64_t j, float* v);
+
+// Keys, rotated, and values into pages [P][J][2][Z][D] of page_dtype.
+void append_cpu(const AppendParams& p, void* pages, DType page_dtype);
+
+}  // namespace tessella::msm
