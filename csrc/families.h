@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "act_quant/kernels.h"
+#include "kv4/kernels.h"
 #include "msm/kernels.h"
 #include "w4ax_gemm/kernels.h"
 
@@ -21,6 +22,18 @@ inline std::vector<Family> families() {
 #undef X
 #define X(name) "act_quant." #name,
                TSL_ACT_QUANT_CUDA(X)
+#undef X
+       }},
+      {"kv4",
+       {
+#define X(isa) "kv4." #isa ".codes",
+           TSL_KV4_CODES(X)
+#undef X
+#define X(isa) "kv4." #isa ".tile",
+               TSL_KV4_TILE(X)
+#undef X
+#define X(isa) "kv4." #isa ".bf16",
+                   TSL_KV4_BF16(X)
 #undef X
        }},
       {"msm",

@@ -8,8 +8,10 @@
 #include "cpu/pages.h"
 #include "families.h"
 #include "layout/act.h"
+#include "layout/kv.h"
 #include "layout/w4.h"
 #include "layout/w4_frag.h"
+#include "msm/plan.h"
 #include "w4ax_gemm/plan.h"
 #include "w4ax_gemm/plan_sm90.h"
 
@@ -42,6 +44,7 @@ static py::dict cpu_isa() {
     if (isa_supported(isa)) supported.push_back(isa_name(isa));
   d["best"] = isa_name(env().best_isa);
   d["supported"] = supported;
+  d["bf16"] = has_bf16(env().best_isa);
   d["capped_by"] = env().capped_by.empty() ? py::object(py::none()) : py::str(env().capped_by);
   return d;
 }
@@ -87,6 +90,23 @@ static py::dict plan_w4ax_gemm_sm90(int64_t M, int64_t N, int64_t K, const std::
   return d;
 }
 
+// A plan of attention as a list of its int32 words; msm/plan.h has the format.
+static py::dict plan_msm(const std::vector<int32_t>& q_len, const std::vector<int32_t>& kv_len,
+                         const std::vector<int32_t>& mask, int H, int J, int window, int units,
+                         int64_t split) {
+  std::vector<int32_t> cu_q(1, 0);
+  for (int32_t q : q_len) cu_q.push_back(cu_q.back() + q);
+  const msm::Problem problem{cu_q.data(),       kv_len.data(), mask.data(), int64_t(q_len.size()),
+                             H,                 J,             window,      units,
+                             split};
+  const std::vector<int32_t> words = msm::plan(problem);
+  py::dict d;
+  d["words"] = words;
+  d["text"] = to_string(msm::PlanView{words.data()});
+  d["error"] = msm::plan_error(problem, words.data(), int64_t(words.size()));
+  return d;
+}
+
 static py::dict measured_ceilings(int threads) {
   CpuCeilings c;
   {
@@ -106,6 +126,12 @@ static layout::W4Panel panel(const std::string& scheme, int64_t N, int64_t K) {
           : group             ? Scheme::kGroup
                               : Scheme::kTwoLevel,
           N, round_up(K, 128), group ? std::stoi(scheme.substr(1)) : 128};
+}
+
+// (k_bits, v_bits, Z, D, G, channel)
+using KvArgs = std::tuple<int, int, int64_t, int64_t, int64_t, bool>;
+static layout::KvPage kv_page(const KvArgs& a) {
+  return std::apply([](auto... x) { return layout::KvPage{x...}; }, a);
 }
 
 // Layout slots, for the test that compares them with tessella.layout index by index.
@@ -135,6 +161,16 @@ static void bind_layouts(py::module_& m) {
     const layout::Slot slot = layout::ActBlocks{M, round_up(K, 128), K8}.code(mm, k);
     return std::make_pair(slot.byte, slot.shift);
   });
+  m.def("kv_bytes", [](const KvArgs& a) { return kv_page(a).bytes(); });
+  m.def("kv_code_slots", [](const KvArgs& a, int64_t t, int64_t d) {
+    const layout::Slot k = kv_page(a).k_code(t, d), v = kv_page(a).v_code(t, d);
+    return std::make_tuple(k.byte, k.shift, v.byte, v.shift);
+  });
+  m.def("kv_row_slots", [](const KvArgs& a, int64_t t, int64_t d) {
+    const layout::KvPage p = kv_page(a);
+    return std::make_tuple(p.k_scales() + p.k_row(t, d), p.k_zeros() + p.k_row(t, d),
+                           p.v_scales() + p.v_row(t, d), p.v_zeros() + p.v_row(t, d));
+  });
   m.attr("W4_LAYOUT_VERSION") = int(layout::W4Panel::kVersion);
 }
 
@@ -153,6 +189,9 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
       "advise_huge_pages",
       [](uintptr_t data, size_t bytes) { advise_huge_pages(reinterpret_cast<void*>(data), bytes); },
       py::arg("data"), py::arg("bytes"));
+  m.def("plan_msm", &plan_msm, py::arg("q_len"), py::arg("kv_len"), py::arg("mask"), py::arg("H"),
+        py::arg("J"), py::arg("window") = 0, py::arg("units") = 1, py::arg("split") = 0,
+        "The plan of attention for one batch, on any device.");
   m.def("measure_ceilings", &measured_ceilings, py::arg("threads") = 1,
         "Measured read rate and 8-bit dot product rate of this CPU; takes about a second.");
   bind_layouts(m);

@@ -95,6 +95,10 @@ inline void store_i8(int8_t* p, VI x) {
   const __m128i h = _mm_packs_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
   _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(h, h));
 }
+inline void store_u8(uint8_t* p, VI x) {  // lanes in 0..255
+  const __m128i h = _mm_packs_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(h, h));
+}
 inline void store_i16(void* p, VI x) {  // the low 16 bits of each lane
   _mm_storeu_si128(static_cast<__m128i*>(p), low16(_mm256_and_si256(x, set1_i(0xffff))));
 }

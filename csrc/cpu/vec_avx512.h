@@ -75,6 +75,9 @@ inline void store_x(BF16* p, VF x) {
 inline void store_i8(int8_t* p, VI x) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(x));
 }
+inline void store_u8(uint8_t* p, VI x) {  // lanes in 0..255
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(x));
+}
 inline void store_i16(void* p, VI x) {  // the low 16 bits of each lane
   _mm256_storeu_si256(static_cast<__m256i*>(p), _mm512_cvtepi32_epi16(x));
 }

@@ -209,6 +209,7 @@ inline void hide(const Rows& rows, int r, int64_t key0, int n, int columns, floa
 // What a row carries from block to block: maximum (base 2), sum, and the factor for its totals.
 struct State {
   float m[kMostRows], l[kMostRows], keep[kMostRows];
+  float bias[kMostRows];  // what all scores of the row lack, before the scale
 
   void begin(int rows) {
     for (int r = 0; r < rows; ++r) {
@@ -271,7 +272,7 @@ template <class M>
 inline void softmax_row(const Rows& rows, State& st, int r, int64_t key0, int n, float* s,
                         typename M::E* out) {
   const int columns = int(round_up(n, 16));
-  const float most = make_scores(rows, r, key0, n, s, rows.p.scale, 0.f);
+  const float most = make_scores(rows, r, key0, n, s, rows.p.scale, st.bias[r] * rows.p.scale);
   if (most != most) {
     st.m[r] = st.l[r] = most;
     st.keep[r] = most;
@@ -342,7 +343,7 @@ struct Work {
   E *q, *kt, *v, *p;   // [rows][D], [D/pair][kKeys][pair], [kKeys/pair][D][pair], [kSubRows][kKeys]
 };
 
-// One task and kv head. The source has query(rows, r, float*) to change a query row and
+// One task and kv head. The source has query(rows, float*) to change a query row, result(rows, o, room) to change a total back, and
 // load(rows, key0, n, Work&) to bring keys and values.
 template <class M, class Source>
 inline void run_task(const Batch& p, const Source& source, const Task& t, int64_t j, float* memory) {
@@ -352,7 +353,7 @@ inline void run_task(const Batch& p, const Source& source, const Task& t, int64_
   st.begin(t.rows);
   for (int r = 0; r < t.rows; ++r) {
     rows.load_q(r, w.row);
-    source.query(rows, w.row);
+    st.bias[r] = source.query(rows, w.row);
     for (int64_t d = 0; d < p.D; d += kLanes) store_x(w.q + r * p.D + d, load_f(w.row + d));
   }
   __builtin_memset(w.o, 0, size_t(t.rows) * size_t(p.D) * sizeof(float));
@@ -381,7 +382,7 @@ template <class M, class T>
 struct Plain {
   const msm::Params& p;
 
-  void query(const Rows&, float*) const {}
+  float query(const Rows&, float*) const { return 0.f; }
   void result(const Rows&, float*, float*) const {}
 
   const T* keys(const Rows& rows, int64_t pos) const {

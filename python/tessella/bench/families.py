@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 FAMILIES: dict[str, str] = {
     "act_quant": "dynamic quantisation of activations",
     "w4ax_gemm": "4-bit linear layers, the kernel alone",
+    "msm": "attention over 16-bit pages",
+    "kv4": "attention over coded pages",
     "e2e": "prefill and decode of a whole model with random weights",
 }
 """Name and meaning of every family; the module of a family is ``tessella.bench.<name>``."""

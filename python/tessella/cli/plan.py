@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from enum import Enum
 from typing import TYPE_CHECKING, Annotated
 
@@ -121,4 +122,59 @@ def _table(problem: Gemm, p: Prediction, limits: Ceilings) -> Table:
     }
     for name, value in rows.items():
         table.add_row(name, Text(value))
+    return table
+
+
+_REQUEST = re.compile(r"(?:(\d+)x)?(\d+):(\d+)(?::(full|causal|window|tree))?")
+_SHOWN = 12  # tasks of a table
+
+
+@app.command("msm")
+def msm(
+    requests: Annotated[
+        list[str],
+        typer.Argument(metavar="[Nx]Q:KV[:MASK]...", help="Query tokens and keys of a request."),
+    ],
+    heads: Annotated[str, typer.Option(help="H:J:D: query heads, kv heads, head dim.")] = "32:8:128",
+    units: Annotated[int, typer.Option(min=1, help="Workers: threads, or resident CTAs.")] = 1,
+    window: Annotated[int, typer.Option(min=0, help="Keys of a sliding window.")] = 0,
+    split: Annotated[int, typer.Option(min=0, help="Fixed split, a multiple of 256.")] = 0,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Tasks of a batch of attention: tiles, splits and merges, the same for every device.
+
+    MASK is full, causal (the default), window or tree.
+
+    JSON: plan (tasks, merges, partial_rows, table: request, tile, row0, rows, kv_begin, kv_end,
+    partial, cost), requests.
+
+    \b
+    Examples:
+      tessella plan msm 362:1318 1:1657 53:2036:tree
+      tessella plan msm 64x1:4096 --units 264
+      tessella plan msm 1:131072 --units 2 --json
+    """
+    parsed = [_REQUEST.fullmatch(r) for r in requests]
+    if bad := [r for r, m in zip(requests, parsed, strict=True) if m is None]:
+        raise typer.BadParameter(f"expected [Nx]Q:KV[:MASK], got {bad[0]!r}")
+    with session(json=json, debug=debug) as s:
+        from tessella.bench import attention_plan
+
+        batch = [
+            (int(m[2]), int(m[3]), m[4] or "causal") for m in parsed for _ in range(int(m[1] or 1))
+        ]
+        plan = attention_plan.make(batch, heads, units, window, split)
+        s.show(_msm_table(plan))
+        s.answer({"plan": plan, "requests": [list(r) for r in batch]})
+
+
+def _msm_table(plan: dict) -> Table:
+    table = Table(title=Text(plan["text"]), title_justify="left", box=None, pad_edge=False)
+    for name in plan["table"][0] if plan["table"] else ():
+        table.add_column(name, justify="right")
+    for task in plan["table"][:_SHOWN]:
+        table.add_row(*map(str, task.values()))
+    if (more := len(plan["table"]) - _SHOWN) > 0:
+        table.add_row(f"... and {more} more")
     return table

@@ -1,11 +1,14 @@
 """The ops: one file per family with schema, wrapper, fake kernel and documentation."""
 
 from tessella.ops.act_quant import act_quant, rms_norm_quant, silu_mul_quant
+from tessella.ops.kv4 import kv4_append, kv4_attn
 from tessella.ops.msm import msm_append, msm_attn, msm_plan
 from tessella.ops.w4ax_gemm import w4_pack, w4_unpack, w4ax_gemm
 
 __all__ = [
     "act_quant",
+    "kv4_append",
+    "kv4_attn",
     "msm_append",
     "msm_attn",
     "msm_plan",

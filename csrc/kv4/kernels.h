@@ -1,0 +1,11 @@
+// Compiled bodies of kv4; names are kv4.<isa>.<tile>.
+//   codes  multiplies codes: INT8 queries by K codes, INT8 probabilities by V codes
+//   tile   decodes blocks to fp32, then as msm
+//   bf16   decodes blocks to bf16, then as msm
+#pragma once
+#include "core/build.h"
+#include "cpu/isa.h"
+
+#define TSL_KV4_CODES(X) TSL_FOR_EACH_ISA(X)
+#define TSL_KV4_TILE(X) TSL_FOR_EACH_ISA(X)
+#define TSL_KV4_BF16(X) TSL_FOR_EACH_BF16_ISA(X)

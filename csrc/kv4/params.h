@@ -1,0 +1,58 @@
+// kv4: attention over coded pages, and the coding of what is appended to them.
+//
+//   real = (q - z) * s;   scores: sum_d q[d] (c[d] - z) s = s (q . c - z sum_d q[d])
+//
+// Codes enter the products as integers; scales, zeros and, where keys or values were changed before
+// coding, the factors that undo it are applied to the queries, the scores and the totals. So nothing
+// is rebuilt: with k' = (k - mean) A and q' = q A^-T it holds that q . k = q' . k' + q . mean, and
+// with v' = v B the totals are sum p v = (sum p v') B^-1.
+#pragma once
+#include "layout/kv.h"
+#include "msm/params.h"
+
+namespace tessella::kv4 {
+
+// A block-diagonal factor of each sequence and kv head: fp32 [F][J][D/m][m][m].
+struct Fold {
+  const float* at;  // or null
+  int64_t m;
+};
+
+struct Params : msm::Batch {
+  const uint8_t* pages;  // [P][J][page.bytes()]
+  layout::KvPage page;
+  const float* k_mean;  // [F][J][D] or null
+  Fold q_fold, o_fold;
+  const int32_t* rows;  // [B]: the sequence's row of the factors, or null: 0
+  const void* k_tail;   // [S][J][Z][D] of tail_dtype: keys of the page that is not full
+  DType tail_dtype;
+  const int32_t* tail_row;  // [B]
+
+  const uint8_t* blob(int64_t request, int64_t pos, int64_t j) const {
+    const int64_t index = block_table[request * table_stride + pos / Z];
+    return pages + (index * J + j) * page.bytes();
+  }
+  int64_t factor_row(int64_t request) const { return rows ? rows[request] : 0; }
+};
+
+void run_cpu(const Params& p);
+
+struct AppendParams : msm::AppendParams {
+  uint8_t* pages;
+  layout::KvPage page;
+  const float* k_mean;
+  Fold k_fold, v_fold;
+  const int32_t* rows;  // [T] or null
+  void* k_tail;
+  DType tail_dtype;
+  const int32_t* tail_row;  // [T]
+};
+
+void append_cpu(const AppendParams& p);
+
+// Floats of scratch that a body needs for head dim D.
+constexpr int64_t scratch_floats(int64_t D) {
+  return msm::scratch_floats(D) + 128 * (D + 128) + 128 * D / 4 + 16384;
+}
+
+}  // namespace tessella::kv4
