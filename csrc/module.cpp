@@ -96,9 +96,8 @@ static py::dict plan_msm(const std::vector<int32_t>& q_len, const std::vector<in
                          int64_t split) {
   std::vector<int32_t> cu_q(1, 0);
   for (int32_t q : q_len) cu_q.push_back(cu_q.back() + q);
-  const msm::Problem problem{cu_q.data(),       kv_len.data(), mask.data(), int64_t(q_len.size()),
-                             H,                 J,             window,      units,
-                             split};
+  const msm::Problem problem{cu_q.data(), kv_len.data(), mask.data(), int64_t(q_len.size()), H, J,
+                             window,      units,         split};
   const std::vector<int32_t> words = msm::plan(problem);
   py::dict d;
   d["words"] = words;

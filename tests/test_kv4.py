@@ -13,9 +13,7 @@ from tessella.testing.metrics import relative_diff
 from tessella.testing.poison import assert_untouched, poisoned_output
 
 native = pytest.mark.skipif(not _native.HAS_OPS, reason="needs compiled kernels")
-KERNELS = [
-    k for k in runnable("kv4") if not k.endswith("bf16") or _native._C.cpu_isa().get("bf16")
-]
+KERNELS = [k for k in runnable("kv4") if not k.endswith("bf16") or _native._C.cpu_isa().get("bf16")]
 CODECS = ["k4v4", "k8v8", "k2v2", "k4v4-g16", "k4v2-g32", "k4v4-channel", "k8v4-channel"]
 SHAPES = [  # H, J, D, Z, dtype, with factors
     (8, 2, 64, 16, torch.float32, True),
@@ -27,8 +25,8 @@ SHAPES = [  # H, J, D, Z, dtype, with factors
 Q_LEN, KV_LEN = [1, 0, 5, 37, 1, 9, 9, 0], [300, 0, 5, 200, 1, 130, 64, 17]
 MIXED = ["full", "causal", "window", "tree", "tree", "tree", "causal", "full"]
 
-# |x - y|^2 / (|x|^2 + |y|^2) with the exact attention over the same codes. "codes" quantises queries
-# and probabilities to 8 bits: 1e-2 relative, a tenth of what coding the cache costs.
+# |x - y|^2 / (|x|^2 + |y|^2) with the exact attention over the same codes. "codes" quantises
+# queries and probabilities to 8 bits: 1e-2 relative, a tenth of what coding the cache costs.
 DIFF = {"codes": 2e-4, "bf16": 3e-5, "tile": 4e-6}
 
 
@@ -115,9 +113,7 @@ def test_split_and_unsplit_agree(kernel, codec):
         results = []
         for units, split in ((1, 0), (64, 0), (1, 256), (5, 512)):
             plan = ops.msm_plan(batch, 4, 2, window=333, units=units, split=split)
-            results.append(
-                ops.kv4_attn(q, cache, batch, window=333, plan=plan, lse=True, **how)
-            )
+            results.append(ops.kv4_attn(q, cache, batch, window=333, plan=plan, lse=True, **how))
     for got in results[1:]:
         # the probabilities of a part are rounded relative to its own maximum
         assert_close(got, results[0], 2e-5 if kernel.endswith("codes") else 4e-6)
@@ -212,7 +208,7 @@ def test_the_error_of_coding(bits, limit):
 def test_a_nan_token_spoils_only_what_sees_it():
     for spoil in ("k", "v"):
         for kernel in KERNELS:
-            q, cache, batch, how = problem(
+            q, cache, batch, _ = problem(
                 "k4v4", 4, 2, 64, 16, torch.float32, None, q_len=[8, 2], kv_len=[40, 40]
             )
             k, v = torch.randn(1, 2, 64), torch.randn(1, 2, 64)
@@ -230,7 +226,7 @@ def test_a_nan_token_spoils_only_what_sees_it():
 @native
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_non_finite_queries(kernel):
-    q, cache, batch, how = problem("k4v4", 4, 2, 64, 16, torch.float32, None)
+    q, cache, batch, _ = problem("k4v4", 4, 2, 64, 16, torch.float32, None)
     q[0, 1, 5], q[3, 2, 0] = torch.inf, torch.nan
     with force(kernel):
         out = ops.kv4_attn(q, cache, batch)
@@ -245,7 +241,7 @@ def test_a_long_request_among_tiny_ones(kernel):
     if ".scalar." in kernel:
         pytest.skip("minutes")
     n = 63
-    q, cache, batch, how = problem(
+    q, cache, batch, _ = problem(
         "k4v4", 4, 2, 64, 64, torch.float32, None,
         q_len=[1] * (n + 1), kv_len=[100_000] + [1 + i % 40 for i in range(n)],
     )  # fmt: skip
@@ -257,7 +253,7 @@ def test_a_long_request_among_tiny_ones(kernel):
 
 @native
 def test_nothing_but_the_result_is_written():
-    q, cache, batch, how = problem("k4v4", 8, 2, 64, 16, torch.float32, MIXED)
+    q, cache, batch, _ = problem("k4v4", 8, 2, 64, 16, torch.float32, MIXED)
     out, around = poisoned_output(q)
     before = cache.blob.clone()
     got, lse = ops.kv4_attn(q, cache, batch, window=20, out=out, lse=True)
@@ -279,7 +275,7 @@ def bad_calls():
         ("page size", {"Z": 24}, "Z: expected a multiple of 16"),
         ("mean", {"k_mean": torch.zeros(1, 2, 32)}, "k_mean: expected contiguous float32"),
         ("fold", {"q_fold": fold[..., :8, :8].contiguous()}, "q_fold: expected float32"),
-        ("rows differ", {"q_fold": fold, "k_mean": torch.zeros(1, 2, 64)}, "q_fold: expected 1 rows"),
+        ("rows differ", {"q_fold": fold, "k_mean": torch.zeros(1, 2, 64)}, "q_fold: expected 1"),
         ("row", {"o_fold": fold, "rows": torch.full((8,), 2, dtype=torch.int32)},
          "rows: expected rows 0..1 in entry 0, got 2"),
         ("tail", {"k_tail": torch.zeros(1, 2, 16, 64)}, "k_tail: expected None"),
@@ -294,7 +290,9 @@ def test_bad_input_is_refused_before_any_work(what, change, message):
     q, cache, b, _ = problem("k4v4", 8, 2, 64, 16, torch.float32, MIXED)
     names = "q pages codec Z block_table cu_q kv_len mask tree_bits tree_row scale window softcap"
     names += " sinks plan max_kv_len k_mean q_fold o_fold rows k_tail tail_row"
-    batch = {f: getattr(b, f) for f in "block_table cu_q kv_len mask tree_bits tree_row".split()}
+    batch = {
+        f: getattr(b, f) for f in ["block_table", "cu_q", "kv_len", "mask", "tree_bits", "tree_row"]
+    }
     args = dict.fromkeys(names.split()) | batch
     args |= {"q": q, "pages": cache.blob, "codec": "k4v4", "Z": 16, "scale": 0.1, "window": 20}
     args |= {"softcap": 0.0, "max_kv_len": 0} | change

@@ -68,7 +68,9 @@ def test_four_bit_pages_take_a_quarter():
     assert codec.page_bytes(64, 128) * 3.7 < 2 * 2 * 64 * 128
 
 
-@pytest.mark.parametrize("name", ["", "k4", "k4v3", "k4v4-", "k4v4-g", "k4v4-g24", "k4v4-chan", "x"])
+@pytest.mark.parametrize(
+    "name", ["", "k4", "k4v3", "k4v4-", "k4v4-g", "k4v4-g24", "k4v4-chan", "x"]
+)
 def test_unknown_codecs_are_refused(name):
     with pytest.raises(ValueError, match=r"codec|group"):
         KVCodec.parse(name)

@@ -20,7 +20,7 @@ needs_native = pytest.mark.skipif(_native._C is None, reason="needs compiled ker
 def parts(words: list[int]) -> tuple[dict, np.ndarray, np.ndarray]:
     """(header, tasks [n, 8], merges [n, 5]) of a plan."""
     w = np.asarray(words, dtype=np.int64)
-    names = "magic words B T H J tasks merges partial_rows units split window".split()
+    names = ("magic", "words", "B", "T", "H", "J", "tasks", "merges", "partial_rows", "units")
     header = dict(zip(names, w[: len(names)].tolist(), strict=True))
     end = ref.HEADER + ref.TASK * header["tasks"]
     assert header["magic"] == ref.MAGIC and header["words"] == len(w)

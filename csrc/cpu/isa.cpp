@@ -78,11 +78,16 @@ bool isa_supported(Isa isa) {
   return false;
 }
 
-bool has_bf16(Isa isa) {  // AVX512_BF16: cpuid leaf 7.1, eax bit 5
-  if (isa != Isa::avx512vnni || !isa_supported(isa) || !max_leaf_has_7_1()) return false;
+static bool has_avx512_bf16() {  // cpuid leaf 7.1, eax bit 5
+  if (!isa_supported(Isa::avx512vnni) || !max_leaf_has_7_1()) return false;
   unsigned eax = 7, ebx = 0, ecx = 1, edx = 0;
   __asm__("cpuid" : "+a"(eax), "=b"(ebx), "+c"(ecx), "=d"(edx));
   return eax >> 5 & 1;
+}
+
+bool has_bf16(Isa isa) {
+  static const bool has = has_avx512_bf16();  // cpuid takes microseconds in a virtual machine
+  return isa == Isa::avx512vnni && has;
 }
 #else
 bool isa_supported(Isa) { return true; }

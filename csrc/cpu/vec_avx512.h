@@ -75,6 +75,9 @@ inline void store_x(BF16* p, VF x) {
 inline void store_i8(int8_t* p, VI x) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(x));
 }
+inline VF load_i8(const int8_t* p) {
+  return to_f(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
 inline void store_u8(uint8_t* p, VI x) {  // lanes in 0..255
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(x));
 }
@@ -155,8 +158,8 @@ inline void dot_bf16(VF& acc, VI a, VI b) {
 }
 // kLanes pairs (a[i], b[i]).
 inline VI pairs_bf16(const BF16* a, const BF16* b) {
-  const VI index = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39,
-                                    7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+  const VI index = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8,
+                                    39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
   return _mm512_permutex2var_epi16(_mm512_castsi256_si512(load16(a)), index,
                                    _mm512_castsi256_si512(load16(b)));
 }

@@ -67,7 +67,8 @@ void store_x(T* p, VF x) {
   *p = from_float<T>(x.v);
 }
 inline void store_i8(int8_t* p, VI x) { *p = int8_t(x.v); }
-inline void store_u8(uint8_t* p, VI x) { *p = uint8_t(x.v); }  // lanes in 0..255
+inline VF load_i8(const int8_t* p) { return {float(*p)}; }
+inline void store_u8(uint8_t* p, VI x) { *p = uint8_t(x.v); }         // lanes in 0..255
 inline void store_i16(void* p, VI x) { __builtin_memcpy(p, &x, 2); }  // the low 16 bits
 
 // --- codes: the 4 bytes of a lane

@@ -77,6 +77,8 @@ struct Decoded {
     apply(p.o_fold, p.factor_row(rows.t.request), rows, o, room);
   }
 
+  bool ahead(const Rows&, int64_t, const char**) const { return false; }
+
   void load(const Rows& rows, int64_t key0, int n, Work& w) const {
     const int64_t tail = tail_begin(p, rows);
     for (int c = 0; c < n; c += 16) {
@@ -155,8 +157,7 @@ struct Decoded {
       if constexpr (M::kPair == 1) {
         for (int i = 0; i < 4; ++i) store_f(w.v + (row + i) * p.D + d, f[i]);
       } else {
-        for (int i = 0; i < 4; i += 2)
-          store_i(w.v + (row + i) * p.D + d * 2, pair(f[i], f[i + 1]));
+        for (int i = 0; i < 4; i += 2) store_i(w.v + (row + i) * p.D + d * 2, pair(f[i], f[i + 1]));
       }
     }
   }
@@ -170,9 +171,9 @@ struct Bits {
   static constexpr int kBits = kB;
   // where dot() cannot take whole bytes, an 8-bit code is two nibbles
   static constexpr bool kNibbles = kB == 8 && !kWideBytes;
-  static constexpr int kTake = kNibbles ? 4 : kB;     // bits of an operand
-  static constexpr int kParts = 8 / kTake;            // operands of a byte
-  static constexpr int kCodes = 8 / kB;               // codes of a byte
+  static constexpr int kTake = kNibbles ? 4 : kB;                   // bits of an operand
+  static constexpr int kParts = 8 / kTake;                          // operands of a byte
+  static constexpr int kCodes = 8 / kB;                             // codes of a byte
   static constexpr int kMostP = kB == 8 && kWideBytes ? 127 : 255;  // of a probability
 
   static VI part(VI x, int i) {
@@ -181,17 +182,30 @@ struct Bits {
   }
 };
 
+// Sixteen tokens: the page they lie in, and the first one's place there.
+struct Group {
+  const uint8_t* blob;
+  int64_t t;
+
+  const uint8_t* keys(const KvPage& page) const { return blob + t / 16 * page.k_group_bytes(); }
+  const uint8_t* values(const KvPage& page) const {
+    return blob + page.v_codes() + t / 4 * page.v_quad_bytes();
+  }
+};
+
 // A task's memory and state.
 struct Work {
-  float* o;      // totals [rows][Dv]
-  float* s;      // scores, then probabilities [4][kBlock]
-  float* q;      // [rows][D], as changed
-  int8_t* q8;    // [rows][D]
-  uint8_t* p8;   // [groups][4][kChunk]
-  float *vs, *vz;  // [groups][kBlock]: scales and zeros of V
-  float *q_scale, *bias, *page_bias, *nan;       // [rows]
+  float* o;                                 // totals [rows][Dv]
+  float* s;                                 // scores, then probabilities [4][kBlock]
+  float* q;                                 // [rows][D], as changed
+  int8_t* q8;                               // [rows][D]
+  uint8_t* p8;                              // [groups][4][kChunk]
+  float *vs, *vz;                           // [groups][kBlock]: scales and zeros of V
+  float *q_scale, *bias, *page_bias, *nan;  // [rows]
   float *q_sum, *lost;  // [rows][groups]: sums of q8; what zeros of V take off the totals
   float p_scale[kMostGroups][4];
+  Group here[kBlock / 16 + 1], next[kBlock / 16 + 1];  // of this block and of the next
+  int coming = 0;                                      // groups of the next
   State st;
 
   Work(float* at, const Params& p, int64_t rows) {
@@ -245,10 +259,11 @@ inline float quantise_row(const float* x, int64_t D, int64_t G, int8_t* codes, f
 }
 
 // Dot products of `channels` channels, kVecs vectors of kLanes tokens: code[v] points at the
-// vector's first bytes of the first step.
+// vector's first bytes of the first step. On the way a line at `ahead` is fetched for each one
+// read.
 template <class B, int kRows, int kVecs>
-inline void score(const uint8_t* const (&code)[kVecs], const int8_t* q8, int64_t D, int channels,
-                  VI (&acc)[kRows][kVecs]) {
+inline void score(const uint8_t* const (&code)[kVecs], const uint8_t* const (&ahead)[kVecs],
+                  const int8_t* q8, int64_t D, int channels, VI (&acc)[kRows][kVecs]) {
   constexpr int kStep = 4 * B::kCodes, kSteps = 32 / kStep;  // dot() sums up to 32 channels
   Dot low[kRows][kVecs], high[B::kNibbles ? kRows : 1][B::kNibbles ? kVecs : 1];
   for (int c = 0; c < channels; c += 32) {
@@ -264,7 +279,10 @@ inline void score(const uint8_t* const (&code)[kVecs], const int8_t* q8, int64_t
     for (int k = 0; k < steps; ++k) {
       VI x[kVecs];
 #pragma GCC unroll 2
-      for (int v = 0; v < kVecs; ++v) x[v] = load_i(code[v] + (c / kStep + k) * 64);
+      for (int v = 0; v < kVecs; ++v) {
+        x[v] = load_i(code[v] + (c / kStep + k) * 64);
+        prefetch(ahead[v] + (c / kStep + k) * 64);
+      }
 #pragma GCC unroll 4
       for (int i = 0; i < B::kCodes; ++i)
 #pragma GCC unroll 4
@@ -287,16 +305,17 @@ inline void score(const uint8_t* const (&code)[kVecs], const int8_t* q8, int64_t
   }
 }
 
-// Where kLanes tokens of K lie.
+// Where kLanes tokens of K lie, and the values of the same tokens.
 struct Keys {
-  const uint8_t* code;
+  const uint8_t *code, *ahead;
   const F16 *scales, *zeros;  // of the vector's first token, groups Z apart; or of the page
 };
-inline Keys keys_at(const Params& p, const Rows& rows, int64_t pos) {
-  const uint8_t* blob = p.blob(rows.t.request, pos, rows.j);
-  const int64_t t = pos % p.Z, row = p.page.channel ? 0 : t;
-  return {blob + t / 16 * p.page.k_group_bytes() + t % 16 * 4,
-          halves(blob + p.page.k_scales()) + row, halves(blob + p.page.k_zeros()) + row};
+// Tokens from column c of the block.
+inline Keys keys_at(const Params& p, const Work& w, int c) {
+  const Group& g = w.here[c / 16];
+  const int64_t row = p.page.channel ? 0 : g.t + c % 16;
+  return {g.keys(p.page) + c % 16 * 4, g.values(p.page) + c % 16 * 4,
+          halves(g.blob + p.page.k_scales()) + row, halves(g.blob + p.page.k_zeros()) + row};
 }
 
 // Scores of kVecs vectors of tokens for kRows rows from r0, into w.s at column c.
@@ -311,14 +330,15 @@ __attribute__((noinline)) void score_keys(const Params& p, const Keys (&keys)[kV
   const int64_t D = p.D, groups = p.page.channel ? 1 : p.page.groups(), G = D / groups;
   for (int64_t g = 0; g < groups; ++g) {
     VI acc[kRows][kVecs];
-    const uint8_t* code[kVecs];
+    const uint8_t *code[kVecs], *ahead[kVecs];
 #pragma GCC unroll 2
     for (int v = 0; v < kVecs; ++v) {
       code[v] = keys[v].code + g * G / (4 * B::kCodes) * 64;
+      ahead[v] = keys[v].ahead + g * G / (4 * B::kCodes) * 64;
 #pragma GCC unroll 4
       for (int r = 0; r < kRows; ++r) acc[r][v] = zero_i();
     }
-    score<B, kRows, kVecs>(code, w.q8 + r0 * D + g * G, D, int(G), acc);
+    score<B, kRows, kVecs>(code, ahead, w.q8 + r0 * D + g * G, D, int(G), acc);
 #pragma GCC unroll 2
     for (int v = 0; v < kVecs; ++v) {
       VF s = set1_f(1.f), z = zero_f();
@@ -344,15 +364,14 @@ __attribute__((noinline)) void score_keys(const Params& p, const Keys (&keys)[kV
 // Queries times the scales of a page whose keys are scaled per channel.
 inline void enter_page(const Params& p, const Keys& keys, Work& w, int r0, int rows, float* room) {
   for (int r = r0; r < r0 + rows; ++r) {
-    VF bias = zero_f();
-    for (int64_t d = 0; d < p.D; d += kLanes) {
-      const VF x = mul(load_f(w.q + r * p.D + d), load_x(keys.scales + d));
-      store_f(room + d, x);
-      bias = fma(x, load_x(keys.zeros + d), bias);
-    }
+    for (int64_t d = 0; d < p.D; d += kLanes)
+      store_f(room + d, mul(load_f(w.q + r * p.D + d), load_x(keys.scales + d)));
     float sums[kMostGroups];
     w.q_scale[r] = quantise_row(room, p.D, p.page.G, w.q8 + r * p.D, sums);
-    w.page_bias[r] = -reduce_add(bias);
+    VF bias = zero_f();  // of the codes: their rounding then meets c - z, which is centred
+    for (int64_t d = 0; d < p.D; d += kLanes)
+      bias = fma(load_i8(w.q8 + r * p.D + d), load_x(keys.zeros + d), bias);
+    w.page_bias[r] = -reduce_add(bias) * w.q_scale[r];
   }
 }
 
@@ -368,38 +387,30 @@ inline void score_tail(const Params& p, const Rows& rows, Work& w, int r0, int c
   }
 }
 
-// The n keys from key0 for kRows rows from r0; on the way fetches the values of the same keys.
+// The n keys from key0 for kRows rows from r0.
 template <class B, int kRows>
 inline void score_block(const Params& p, const Rows& rows, Work& w, int r0, int64_t key0, int n,
                         float* room) {
   constexpr int kVecs = kLanes == 1 ? 1 : 2, kTokens = kVecs * kLanes;
   const int64_t tail = tail_begin(p, rows);
   const int coded = int(key0 + n <= tail ? n : tail > key0 ? tail - key0 : 0);
-  int64_t page = -1;
+  const uint8_t* page = nullptr;
   for (int c = 0; c < coded; c += kTokens) {
     Keys keys[kVecs];
-    const bool second = c + kTokens - kLanes < coded || kLanes * kVecs <= 16;
-    for (int v = 0; v < kVecs; ++v)
-      keys[v] = keys_at(p, rows, key0 + (v == 0 || second ? c + v * kLanes : c));
-    if (r0 == 0)
-      for (int v = 0; v < kTokens && c + v < coded; v += 4) {
-        const int64_t pos = key0 + c + v;
-        const uint8_t* at = p.blob(rows.t.request, pos, rows.j) + p.page.v_codes() +
-                            pos % p.Z / 4 * p.page.v_quad_bytes();
-        for (int64_t b = 0; b < p.page.v_quad_bytes(); b += 64) prefetch(at + b);
-      }
-    if (p.page.channel) {
-      for (int v = 0; v < kVecs; ++v) {
-        if (v > 0 && !second) break;
-        if ((key0 + c + v * kLanes) / p.Z != page) {
-          page = (key0 + c + v * kLanes) / p.Z;
-          enter_page(p, keys[v], w, r0, kRows, room);
-        }
-        const Keys one[1] = {keys[v]};
-        score_keys<B, kRows, 1>(p, one, w, r0, c + v * kLanes);
-      }
-    } else {
+    // 32 tokens may be two groups, of which the second may not exist
+    const bool second = kTokens <= 16 || c + kLanes < coded;
+    for (int v = 0; v < kVecs; ++v) keys[v] = keys_at(p, w, second ? c + v * kLanes : c);
+    if (!p.page.channel) {
       score_keys<B, kRows, kVecs>(p, keys, w, r0, c);
+      continue;
+    }
+    for (int v = 0; v < (second ? kVecs : 1); ++v) {
+      const Keys one[1] = {keys[v]};
+      if (w.here[(c + v * kLanes) / 16].blob != page) {
+        page = w.here[(c + v * kLanes) / 16].blob;
+        enter_page(p, keys[v], w, r0, kRows, room);
+      }
+      score_keys<B, kRows, 1>(p, one, w, r0, c + v * kLanes);
     }
   }
   for (int c = coded; c < n; ++c) score_tail(p, rows, w, r0, kRows, key0 + c, c, room);
@@ -457,11 +468,18 @@ inline void quantise_chunk(const Params& p, Work& w, int r0, int r, int c) {
   }
 }
 
+// Up to 64 keys whose values are added up, and as many of the next block's, fetched on the way:
+// `lines` lines for each four keys and call.
+struct Chunk {
+  const uint8_t *values[kChunk / 16], *ahead[kChunk / 16];
+  int count = 0, lines = 0;
+};
+
 // Adds p . V of a chunk to the totals, kLoads vectors of codes from byte `at` of each four tokens.
 // With kOne all their channels are of one group.
 template <class B, int kRows, int kLoads, bool kOne>
-__attribute__((noinline)) void weigh(const Params& p, const uint8_t* const* codes, int count,
-                                     Work& w, int r0, int64_t at) {
+__attribute__((noinline)) void weigh(const Params& p, const Chunk& chunk, Work& w, int r0,
+                                     int64_t at) {
   VI acc[kRows][kLoads][B::kParts];
   const int64_t first = at / 64 * (16 * B::kCodes) + at % 64 / 4;  // channel of part 0
   const uint8_t* p8[kOne ? 1 : B::kParts];
@@ -474,7 +492,8 @@ __attribute__((noinline)) void weigh(const Params& p, const uint8_t* const* code
 #pragma GCC unroll 4
       for (int i = 0; i < B::kParts; ++i) acc[r][l][i] = zero_i();
   const int64_t quad = p.page.v_quad_bytes();
-  for (int g = 0; g < count; ++g) {
+  const uint8_t* const* codes = chunk.values;
+  for (int g = 0; g < chunk.count; ++g) {
     Dot d[kRows][kLoads][B::kParts];
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r)
@@ -485,6 +504,8 @@ __attribute__((noinline)) void weigh(const Params& p, const uint8_t* const* code
 #pragma GCC unroll 4
     for (int k = 0; k < 4; ++k) {
       VI x[kLoads];
+      const int64_t line = (at / (kLoads * kLanes * 4) * 4 + k) * chunk.lines;
+      for (int l = 0; l < chunk.lines; ++l) prefetch(chunk.ahead[g] + (line + l) * 64);
 #pragma GCC unroll 2
       for (int l = 0; l < kLoads; ++l) x[l] = load_i(codes[g] + k * quad + at + l * kLanes * 4);
 #pragma GCC unroll 4
@@ -493,8 +514,8 @@ __attribute__((noinline)) void weigh(const Params& p, const uint8_t* const* code
 #pragma GCC unroll 4
         for (int i = 0; i < B::kParts; ++i) {
           if (!kOne || i == 0)
-            q = codes4(reinterpret_cast<const int8_t*>(p8[kOne ? 0 : i] + r * kChunk + g * 16 +
-                                                       k * 4));
+            q = codes4(
+                reinterpret_cast<const int8_t*>(p8[kOne ? 0 : i] + r * kChunk + g * 16 + k * 4));
 #pragma GCC unroll 2
           for (int l = 0; l < kLoads; ++l) {
             if constexpr (B::kMostP == 127)
@@ -527,66 +548,73 @@ __attribute__((noinline)) void weigh(const Params& p, const uint8_t* const* code
       }
 }
 
-// One chunk of keys, all channels; on the way fetches the keys of the next block.
+// One chunk of keys, all channels.
 template <class B, int kRows>
-inline void weigh_chunk(const Params& p, const uint8_t* const* codes, int count, Work& w, int r0) {
+inline void weigh_chunk(const Params& p, Chunk& chunk, Work& w, int r0) {
   const int64_t span = 16 * B::kCodes, bytes = p.page.Dv() / span * 64;
   const bool whole = p.page.groups() == 1;
   constexpr int64_t kStep = kLanes * 4;
+  const int64_t key_lines = r0 > 0 ? 0 : p.page.k_group_bytes() / 64;
   int64_t at = 0;
   if constexpr (kLanes == 16 && B::kParts <= 2)
-    if (whole || p.page.G % (2 * span) == 0)
-      for (; at + 128 <= bytes; at += 128) weigh<B, kRows, 2, true>(p, codes, count, w, r0, at);
+    if (whole || p.page.G % (2 * span) == 0) {
+      chunk.lines = int(ceil_div(key_lines * 128, bytes * 4));
+      for (; at + 128 <= bytes; at += 128) weigh<B, kRows, 2, true>(p, chunk, w, r0, at);
+    }
+  chunk.lines = kLanes == 16 ? int(ceil_div(key_lines * 64, bytes * 4)) : 0;
   for (; at < bytes; at += kStep) {
     if (whole || p.page.G % span == 0)
-      weigh<B, kRows, 1, true>(p, codes, count, w, r0, at);
+      weigh<B, kRows, 1, true>(p, chunk, w, r0, at);
     else
-      weigh<B, kRows, 1, false>(p, codes, count, w, r0, at);
+      weigh<B, kRows, 1, false>(p, chunk, w, r0, at);
   }
 }
 
 // Scales and zeros of the values of a block, 0 past its n keys.
-inline void load_v_rows(const Params& p, const Rows& rows, Work& w, int64_t key0, int n) {
-  for (int c = 0; c < int(round_up(n, kChunk)); c += 16) {
-    const bool some = c < n;
-    const uint8_t* blob = some ? p.blob(rows.t.request, key0 + c, rows.j) : nullptr;
-    for (int64_t g = 0; g < p.page.groups(); ++g) {
+inline void load_v_rows(const Params& p, Work& w, int n) {
+  for (int64_t g = 0; g < p.page.groups(); ++g)
+    for (int c = 0; c < int(round_up(n, kChunk)); c += 16) {
+      const Group& group = w.here[c / 16];
       float *s = w.vs + g * kBlock + c, *z = w.vz + g * kBlock + c;
-      const int64_t at = g * p.Z + (key0 + c) % p.Z;
+      const int64_t at = g * p.Z + group.t;
       for (int t = 0; t < 16; t += kLanes) {
-        store_f(s + t, some ? load_x(halves(blob + p.page.v_scales()) + at + t) : zero_f());
-        store_f(z + t, some ? load_x(halves(blob + p.page.v_zeros()) + at + t) : zero_f());
+        store_f(s + t, c < n ? load_x(halves(group.blob + p.page.v_scales()) + at + t) : zero_f());
+        store_f(z + t, c < n ? load_x(halves(group.blob + p.page.v_zeros()) + at + t) : zero_f());
       }
-      for (int t = 0; t < 16; ++t)
-        if (c + t >= n) s[t] = z[t] = 0.f;
+      for (int t = n - c > 0 ? n - c : 16; t < 16; ++t) s[t] = z[t] = 0.f;
     }
-  }
-}
-
-// The keys of the block after key0 + c, while this one's values are used.
-inline void prefetch_keys(const Params& p, const Rows& rows, int64_t pos) {
-  for (int t = 0; t < kChunk; t += 16) {
-    if (pos + t >= rows.t.kv_end) return;
-    const uint8_t* at = p.blob(rows.t.request, pos + t, rows.j) +
-                        (pos + t) % p.Z / 16 * p.page.k_group_bytes();
-    for (int64_t b = 0; b < p.page.k_group_bytes(); b += 64) prefetch(at + b);
-  }
 }
 
 template <class B, int kRows>
-inline void weigh_block(const Params& p, const Rows& rows, Work& w, int r0, int64_t key0, int n) {
+inline void weigh_block(const Params& p, Work& w, int r0, int n) {
   for (int c = 0; c < n; c += kChunk) {
-    const uint8_t* codes[kChunk / 16];
-    int count = 0;
-    for (int t = 0; t < kChunk && c + t < n; t += 16) {
-      const int64_t pos = key0 + c + t;
-      codes[count++] = p.blob(rows.t.request, pos, rows.j) + p.page.v_codes() +
-                       pos % p.Z / 4 * p.page.v_quad_bytes();
+    Chunk chunk;
+    for (int t = c; t < c + kChunk && t < n; t += 16) {
+      chunk.values[chunk.count] = w.here[t / 16].values(p.page);
+      const int ahead = t / 16 < w.coming ? t / 16 : w.coming - 1;
+      chunk.ahead[chunk.count] = ahead < 0 ? chunk.values[0] : w.next[ahead].keys(p.page);
+      ++chunk.count;
     }
-    if (r0 == 0) prefetch_keys(p, rows, key0 + kBlock + c);
     for (int r = 0; r < kRows; ++r) quantise_chunk<B>(p, w, r0, r, c);
-    weigh_chunk<B, kRows>(p, codes, count, w, r0);
+    weigh_chunk<B, kRows>(p, chunk, w, r0);
   }
+}
+
+// Finds the groups of up to kBlock keys from key0; fetches their scales and zeros.
+inline int find_groups(const Params& p, const Rows& rows, int64_t key0, Group* groups) {
+  int count = 0;
+  int64_t t = key0 % p.Z;
+  for (int64_t pos = key0; pos < rows.t.kv_end && count < kBlock / 16; pos += 16, t += 16) {
+    if (t >= p.Z) t = 0;
+    Group& g = groups[count++];
+    g = {t > 0 && count > 1 ? groups[count - 2].blob : p.blob(rows.t.request, pos, rows.j), t};
+    const int64_t row = p.page.channel ? 0 : t * 2;
+    prefetch(g.blob + p.page.k_scales() + row);
+    prefetch(g.blob + p.page.k_zeros() + row);
+    prefetch(g.blob + p.page.v_scales() + t * 2);
+    prefetch(g.blob + p.page.v_zeros() + t * 2);
+  }
+  return count;
 }
 
 // A block of n keys for kRows rows from r0.
@@ -607,9 +635,9 @@ inline void block(const Params& p, const Rows& rows, Work& w, int r0, int64_t ke
       for (int64_t g = 0; g < p.page.groups(); ++g) w.lost[row * p.page.groups() + g] *= keep;
     }
   }
-  if (p.page.v_bits == 8) weigh_block<Bits<8>, kRows>(p, rows, w, r0, key0, n);
-  if (p.page.v_bits == 4) weigh_block<Bits<4>, kRows>(p, rows, w, r0, key0, n);
-  if (p.page.v_bits == 2) weigh_block<Bits<2>, kRows>(p, rows, w, r0, key0, n);
+  if (p.page.v_bits == 8) weigh_block<Bits<8>, kRows>(p, w, r0, n);
+  if (p.page.v_bits == 4) weigh_block<Bits<4>, kRows>(p, w, r0, n);
+  if (p.page.v_bits == 2) weigh_block<Bits<2>, kRows>(p, w, r0, n);
 }
 
 inline void run_task(const Params& p, const Task& t, int64_t j, float* memory) {
@@ -625,9 +653,12 @@ inline void run_task(const Params& p, const Task& t, int64_t j, float* memory) {
     w.page_bias[r] = 0.f;
     w.q_scale[r] = quantise_row(q, p.D, p.page.G, w.q8 + r * p.D, w.q_sum + r * groups);
   }
+  w.coming = find_groups(p, rows, t.kv_begin, w.next);
   for (int64_t key0 = t.kv_begin; key0 < t.kv_end; key0 += kBlock) {
     const int n = int(t.kv_end - key0 < kBlock ? t.kv_end - key0 : kBlock);
-    load_v_rows(p, rows, w, key0, n);
+    for (int i = 0; i < w.coming; ++i) w.here[i] = w.next[i];
+    w.coming = find_groups(p, rows, key0 + kBlock, w.next);
+    load_v_rows(p, w, n);
     int r = 0;
     for (; r + 4 <= t.rows; r += 4) block<4>(p, rows, w, r, key0, n, room);
     for (; r + 2 <= t.rows; r += 2) block<2>(p, rows, w, r, key0, n, room);

@@ -50,10 +50,10 @@ static std::tuple<Tensor, Tensor> kv4_attn(
     double softcap, const OptTensor& sinks, const OptTensor& plan, int64_t max_kv_len,
     const OptTensor& k_mean, const OptTensor& q_fold, const OptTensor& o_fold,
     const OptTensor& rows, const OptTensor& k_tail, const OptTensor& tail_row, bool lse) {
-  const BatchArgs a{block_table, cu_q,    kv_len, mask, tree_bits, tree_row, scale,
-                    window,      softcap, sinks,  plan, max_kv_len};
-  Params p = check("kv4_attn", q, pages, codec, Z, a,
-                   {k_mean, q_fold, o_fold, rows, k_tail, tail_row});
+  const BatchArgs a{block_table, cu_q,   kv_len,  mask,  tree_bits, tree_row,
+                    scale,       window, softcap, sinks, plan,      max_kv_len};
+  Params p =
+      check("kv4_attn", q, pages, codec, Z, a, {k_mean, q_fold, o_fold, rows, k_tail, tail_row});
   Tensor out = torch::stable::new_empty(q, {p.T, p.H, p.D}, q.scalar_type());
   Tensor sums = torch::stable::new_empty(q, {lse ? p.T : 0, p.H}, ScalarType::Float);
   p.out = out.mutable_data_ptr();
@@ -70,8 +70,8 @@ static void kv4_attn_out(const Tensor& q, const Tensor& pages, const std::string
                          const OptTensor& k_mean, const OptTensor& q_fold, const OptTensor& o_fold,
                          const OptTensor& rows, const OptTensor& k_tail, const OptTensor& tail_row,
                          const Tensor& out, const OptTensor& lse) {
-  const BatchArgs a{block_table, cu_q,    kv_len, mask, tree_bits, tree_row, scale,
-                    window,      softcap, sinks,  plan, max_kv_len};
+  const BatchArgs a{block_table, cu_q,   kv_len,  mask,  tree_bits, tree_row,
+                    scale,       window, softcap, sinks, plan,      max_kv_len};
   Params p = check("kv4_attn_out", q, pages, codec, Z, a,
                    {k_mean, q_fold, o_fold, rows, k_tail, tail_row});
   msm::check_out("kv4_attn_out", q, out, lse, p);

@@ -119,8 +119,7 @@ static void append_tail(const AppendParams& p, int64_t t, int64_t j, uint8_t* bl
   const int64_t at = p.slots[t] % p.Z, first = (p.tail_row[t] * p.J + j) * p.Z * p.D;
   if (p.tail_dtype == DType::kBF16)
     swap_tail(static_cast<BF16*>(p.k_tail) + first, at, k, p, whole);
-  if (p.tail_dtype == DType::kF16)
-    swap_tail(static_cast<F16*>(p.k_tail) + first, at, k, p, whole);
+  if (p.tail_dtype == DType::kF16) swap_tail(static_cast<F16*>(p.k_tail) + first, at, k, p, whole);
   if (p.tail_dtype == DType::kF32)
     swap_tail(static_cast<float*>(p.k_tail) + first, at, k, p, whole);
   if (at == p.Z - 1) code_page(p.page, blob, whole);

@@ -3,9 +3,9 @@
 //   real = (q - z) * s;   scores: sum_d q[d] (c[d] - z) s = s (q . c - z sum_d q[d])
 //
 // Codes enter the products as integers; scales, zeros and, where keys or values were changed before
-// coding, the factors that undo it are applied to the queries, the scores and the totals. So nothing
-// is rebuilt: with k' = (k - mean) A and q' = q A^-T it holds that q . k = q' . k' + q . mean, and
-// with v' = v B the totals are sum p v = (sum p v') B^-1.
+// coding, the factors that undo it are applied to the queries, the scores and the totals. So
+// nothing is rebuilt: with k' = (k - mean) A and q' = q A^-T it holds that q . k = q' . k' + q .
+// mean, and with v' = v B the totals are sum p v = (sum p v') B^-1.
 #pragma once
 #include "layout/kv.h"
 #include "msm/params.h"

@@ -4,14 +4,16 @@
 //
 //   K codes   for each 16 tokens: D/4n steps of 64 bytes: byte 4 * (t % 16) + d % 4 of step d / 4n,
 //             code d / 4 % n of the byte (lowest bits first)
-//   V codes   for each 4 tokens: Dv/16n steps of 64 bytes: byte 4 * (d % 16) + t % 4 of step d / 16n,
+//   V codes   for each 4 tokens: Dv/16n steps of 64 bytes: byte 4 * (d % 16) + t % 4 of step d /
+//   16n,
 //             code d / 16 % n of the byte; Dv is D rounded up to whole steps
 //   K scales, K zeros   [D/G][Z] per (token, group), or [D] per channel of the page (KIVI)
 //   V scales, V zeros   [D/G][Z]
 //
-// Every part starts at a multiple of 16 bytes, and the page has a multiple of Z bytes. A 64-byte load
-// is 16 tokens of K or 16 channels of V in 32-bit lanes, four channels or four tokens in each: one
-// operand of a dot product of bytes. No two tokens share a byte, so writing one needs no reading.
+// Every part starts at a multiple of 16 bytes, and the page has a multiple of Z bytes. A 64-byte
+// load is 16 tokens of K or 16 channels of V in 32-bit lanes, four channels or four tokens in each:
+// one operand of a dot product of bytes. No two tokens share a byte, so writing one needs no
+// reading.
 #pragma once
 #include "layout/w4.h"
 

@@ -90,10 +90,10 @@ inline void check_request(const char* op, const BatchArgs& a, const Batch& p, in
   for (int64_t i = 0; i < pages; ++i) {
     const int32_t page = p.block_table[b * p.table_stride + i];
     if (page < 0 || page >= p.P)
-      refuse(Arg{op, "block_table"},
-             "pages 0.." + std::to_string(p.P - 1) + " in entry " + std::to_string(i) +
-                 of_request(b),
-             page);
+      refuse(
+          Arg{op, "block_table"},
+          "pages 0.." + std::to_string(p.P - 1) + " in entry " + std::to_string(i) + of_request(b),
+          page);
   }
 }
 
@@ -179,8 +179,8 @@ inline void check_rows(const Arg& arg, const Tensor& t, const AppendParams& p, i
   *head = t.stride(1);
 }
 
-// Keys, values, slots and rotation of an append into a cache whose P, J, Z, D are set. In debug mode
-// a slot past the cache raises.
+// Keys, values, slots and rotation of an append into a cache whose P, J, Z, D are set. In debug
+// mode a slot past the cache raises.
 inline void check_append(const char* op, const Tensor& k, const Tensor& v, const Tensor& slots,
                          const OptTensor& cos, const OptTensor& sin, bool debug, AppendParams& p) {
   p.T = k.dim() == 3 ? k.size(0) : 0;

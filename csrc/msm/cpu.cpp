@@ -31,10 +31,9 @@ void run_cpu(const Params& p) {
     throw std::runtime_error("TESSELLA_FORCE: this CPU cannot run '" + std::string(kernel.name) +
                              "'");
   const Header& h = p.plan.header();
-  parallel_in_order(h.tasks * p.J, plan_work(p), size_t(scratch_floats(p.D)),
-                    [&](int64_t i, float* scratch) {
-                      kernel.run(p, p.plan.tasks()[i / p.J], i % p.J, scratch);
-                    });
+  parallel_in_order(
+      h.tasks * p.J, plan_work(p), size_t(scratch_floats(p.D)),
+      [&](int64_t i, float* scratch) { kernel.run(p, p.plan.tasks()[i / p.J], i % p.J, scratch); });
   merge_partials(p);
 }
 

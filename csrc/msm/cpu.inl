@@ -4,8 +4,9 @@
 // A source brings a block of keys and values from its pages into the order in which they are
 // multiplied; all else is the same for every source. In a block, a few rows at a time:
 //   S = Q K^T   ->   P = exp2(S - max), and the row's sum   ->   O = keep * O + P V
-// Both products are one micro kernel: a row operand broadcast from memory, times a column operand of
-// kLanes columns; in bf16 both hold pairs along the depth. Scores live in base 2: exp2 is cheaper.
+// Both products are one micro kernel: a row operand broadcast from memory, times a column operand
+// of kLanes columns; in bf16 both hold pairs along the depth. Scores live in base 2: exp2 is
+// cheaper.
 
 namespace attn {
 
@@ -13,7 +14,7 @@ using msm::Batch;
 using msm::Mask;
 using msm::Task;
 
-constexpr int kKeys = 128;     // of a block
+constexpr int kKeys = 128;      // of a block
 constexpr int kMostRows = 128;  // of a tile
 constexpr int kSubRows = 24;    // scored at a time: their scores stay in L1
 constexpr float kLog2e = 1.44269504f, kLn2 = 0.693147181f;
@@ -69,6 +70,8 @@ inline VF softcap_f(VF x, float cap) {
   return mul(from_bits(bit_or(to_bits(t), sign)), set1_f(cap));
 }
 
+constexpr int kPieces = 4;  // fetched by one product, a line of each in every step
+
 // c[r][n] = (keep ? keep[r] * c[r][n] : 0) + sum_k a[r][k] b[k][n] for kRows x kVecs vectors.
 template <class M>
 struct Product {
@@ -80,6 +83,7 @@ struct Product {
   float* c;
   int64_t ldc;
   const float* keep;
+  const char* const* ahead = nullptr;  // kPieces pieces of memory to fetch on the way, or null
 };
 
 template <class M, int kRows, int kVecs>
@@ -92,6 +96,8 @@ __attribute__((noinline)) void multiply(const Product<M>& t) {
       acc[r][v] = t.keep ? mul(set1_f(t.keep[r]), load_f(t.c + r * t.ldc + v * kLanes)) : zero_f();
   const typename M::E* b = t.b;
   for (int k = 0; k < t.depth; k += M::kPair, b += t.ldb) {
+    if (t.ahead)
+      for (int i = 0; i < kPieces; ++i) prefetch(t.ahead[i] + k / M::kPair * 64);
     typename M::Operand w[kVecs];
 #pragma GCC unroll 8
     for (int v = 0; v < kVecs; ++v) w[v] = M::load(b + v * kLanes * M::kPair);
@@ -118,13 +124,14 @@ inline void multiply_rows(const Product<M>& all, int rows) {
       t.a += r * t.lda;
       t.c += r * t.ldc;
       if (t.keep) t.keep += r;
+      if (r > 0) t.ahead = nullptr;
       multiply<M, kR, kVecs>(t);
     }
   };
   (cover(Const<kRows>{}), ...);
 }
 
-// Any rows, columns a multiple of 16.
+// Any rows, columns a multiple of 16. `ahead` has kPieces pieces for every 64 columns.
 template <class M>
 inline void multiply_all(Product<M> t, int rows, int columns) {
   constexpr int kVecs = kLanes == 16 ? 4 : 2;
@@ -133,6 +140,7 @@ inline void multiply_all(Product<M> t, int rows, int columns) {
     n += by;
     t.b += by * M::kPair;
     t.c += by;
+    if (t.ahead) t.ahead += kPieces;
   };
   for (; n + kVecs * kLanes <= columns; step(kVecs * kLanes)) {
     if constexpr (kLanes == 16)
@@ -198,8 +206,7 @@ inline void hide(const Rows& rows, int r, int64_t key0, int n, int columns, floa
   for (int c = v.b; c < columns; ++c) s[c] = -kInf;
   if (rows.mask != Mask::kTree || key0 + n <= rows.hist) return;
   const Batch& p = rows.p;
-  const uint64_t* bits =
-      p.tree_bits + (p.tree_row[rows.t.request] + rows.token(r)) * p.tree_words;
+  const uint64_t* bits = p.tree_bits + (p.tree_row[rows.t.request] + rows.token(r)) * p.tree_words;
   for (int c = key0 < rows.hist ? int(rows.hist - key0) : 0; c < n; ++c) {
     const int64_t node = key0 + c - rows.hist;
     if (!(bits[node / 64] >> (node % 64) & 1)) s[c] = -kInf;
@@ -343,10 +350,12 @@ struct Work {
   E *q, *kt, *v, *p;   // [rows][D], [D/pair][kKeys][pair], [kKeys/pair][D][pair], [kSubRows][kKeys]
 };
 
-// One task and kv head. The source has query(rows, float*) to change a query row, result(rows, o, room) to change a total back, and
+// One task and kv head. The source has ahead(rows, key0, pieces) to name memory to fetch,
+// query(rows, float*) to change a query row, result(rows, o, room) to change a total back, and
 // load(rows, key0, n, Work&) to bring keys and values.
 template <class M, class Source>
-inline void run_task(const Batch& p, const Source& source, const Task& t, int64_t j, float* memory) {
+inline void run_task(const Batch& p, const Source& source, const Task& t, int64_t j,
+                     float* memory) {
   const Rows rows(p, t, j);
   Work<M> w(memory, p.D);
   State st;
@@ -360,14 +369,20 @@ inline void run_task(const Batch& p, const Source& source, const Task& t, int64_
   for (int64_t key0 = t.kv_begin; key0 < t.kv_end; key0 += kKeys) {
     const int n = int(t.kv_end - key0 < kKeys ? t.kv_end - key0 : kKeys);
     source.load(rows, key0, n, w);
+    const char* pieces[4 * kPieces];
+    const char* const* ahead =
+        kLanes == 16 && p.D % 64 == 0 && p.D <= 128 && source.ahead(rows, key0 + kKeys, pieces)
+            ? pieces
+            : nullptr;
     for (int r0 = 0; r0 < t.rows; r0 += kSubRows) {
       const int count = t.rows - r0 < kSubRows ? t.rows - r0 : kSubRows;
-      multiply_all<M>({w.q + r0 * p.D, p.D, w.kt, kKeys * M::kPair, int(p.D), w.s, kKeys, nullptr},
+      multiply_all<M>({w.q + r0 * p.D, p.D, w.kt, kKeys * M::kPair, int(p.D), w.s, kKeys, nullptr,
+                       r0 == 0 ? ahead : nullptr},
                       count, int(round_up(n, 16)));
       for (int r = 0; r < count; ++r)
         softmax_row<M>(rows, st, r0 + r, key0, n, w.s + r * kKeys, w.p + r * kKeys);
-      multiply_all<M>({w.p, kKeys, w.v, p.D * M::kPair, int(round_up(n, M::kPair)),
-                       w.o + r0 * p.D, p.D, st.keep + r0},
+      multiply_all<M>({w.p, kKeys, w.v, p.D * M::kPair, int(round_up(n, M::kPair)), w.o + r0 * p.D,
+                       p.D, st.keep + r0, r0 == 0 && ahead ? ahead + 2 * kPieces : nullptr},
                       count, int(p.D));
     }
   }
@@ -385,10 +400,21 @@ struct Plain {
   float query(const Rows&, float*) const { return 0.f; }
   void result(const Rows&, float*, float*) const {}
 
+  // Where the block from key0 lies, 16 keys or values a piece; false if it is not whole.
+  bool ahead(const Rows& rows, int64_t key0, const char** pieces) const {
+    static_assert(kKeys / 16 == 2 * kPieces, "keys, then values");
+    if (M::kPair != 2 || key0 + kKeys > rows.t.kv_end) return false;
+    for (int i = 0; i < kKeys / 16; ++i) {
+      const T* k = keys(rows, key0 + 16 * i);
+      pieces[i] = reinterpret_cast<const char*>(k);
+      pieces[i + kKeys / 16] = reinterpret_cast<const char*>(k + p.Z * p.D);
+    }
+    return true;
+  }
+
   const T* keys(const Rows& rows, int64_t pos) const {
     const int64_t page = p.block_table[rows.t.request * p.table_stride + pos / p.Z];
-    return static_cast<const T*>(p.pages) +
-           ((page * p.J + rows.j) * 2 * p.Z + pos % p.Z) * p.D;
+    return static_cast<const T*>(p.pages) + ((page * p.J + rows.j) * 2 * p.Z + pos % p.Z) * p.D;
   }
 
   void load(const Rows& rows, int64_t key0, int n, Work<M>& w) const {

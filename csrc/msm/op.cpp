@@ -66,13 +66,15 @@ static void run(const char* op, const Tensor& q, const BatchArgs& a, Params& p) 
   run_cpu(p);
 }
 
-static std::tuple<Tensor, Tensor> msm_attn(
-    const Tensor& q, const Tensor& pages, const Tensor& block_table, const Tensor& cu_q,
-    const Tensor& kv_len, const OptTensor& mask, const OptTensor& tree_bits,
-    const OptTensor& tree_row, double scale, int64_t window, double softcap,
-    const OptTensor& sinks, const OptTensor& plan, int64_t max_kv_len, bool lse) {
-  const BatchArgs a{block_table, cu_q,    kv_len, mask, tree_bits, tree_row, scale,
-                    window,      softcap, sinks,  plan, max_kv_len};
+static std::tuple<Tensor, Tensor> msm_attn(const Tensor& q, const Tensor& pages,
+                                           const Tensor& block_table, const Tensor& cu_q,
+                                           const Tensor& kv_len, const OptTensor& mask,
+                                           const OptTensor& tree_bits, const OptTensor& tree_row,
+                                           double scale, int64_t window, double softcap,
+                                           const OptTensor& sinks, const OptTensor& plan,
+                                           int64_t max_kv_len, bool lse) {
+  const BatchArgs a{block_table, cu_q,   kv_len,  mask,  tree_bits, tree_row,
+                    scale,       window, softcap, sinks, plan,      max_kv_len};
   Params p = check("msm_attn", q, pages, a);
   Tensor out = torch::stable::new_empty(q, {p.T, p.H, p.D}, q.scalar_type());
   Tensor sums = torch::stable::new_empty(q, {lse ? p.T : 0, p.H}, ScalarType::Float);
@@ -88,8 +90,8 @@ static void msm_attn_out(const Tensor& q, const Tensor& pages, const Tensor& blo
                          int64_t window, double softcap, const OptTensor& sinks,
                          const OptTensor& plan, int64_t max_kv_len, const Tensor& out,
                          const OptTensor& lse) {
-  const BatchArgs a{block_table, cu_q,    kv_len, mask, tree_bits, tree_row, scale,
-                    window,      softcap, sinks,  plan, max_kv_len};
+  const BatchArgs a{block_table, cu_q,   kv_len,  mask,  tree_bits, tree_row,
+                    scale,       window, softcap, sinks, plan,      max_kv_len};
   Params p = check("msm_attn_out", q, pages, a);
   check_out("msm_attn_out", q, out, lse, p);
   run("msm_attn_out", q, a, p);

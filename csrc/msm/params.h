@@ -1,7 +1,7 @@
 // msm: matmul - softmax - matmul over a paged cache of plain numbers.
 //
-//   out[i] = sum_c exp(s[i,c] - lse[i]) v[c],  s[i,c] = cap(scale q[i] . k[c]),  over visible keys c
-//   lse[i] = log(sum_c exp(s[i,c]) + exp(sink)),  cap(x) = softcap tanh(x / softcap)
+//   out[i] = sum_c exp(s[i,c] - lse[i]) v[c],  s[i,c] = cap(scale q[i] . k[c]),  over visible keys
+//   c lse[i] = log(sum_c exp(s[i,c]) + exp(sink)),  cap(x) = softcap tanh(x / softcap)
 //
 // Token i of a request is at position kv_len - q_len + i. A row that sees no key gives 0 and -inf.
 #pragma once
@@ -34,7 +34,8 @@ struct Batch {
   Mask mask_of(int64_t b) const { return mask ? Mask(mask[b]) : Mask::kCausal; }
 };
 
-// Rows of a request whose keys were split: parts weighted by exp(lse), sinks added, into out and lse.
+// Rows of a request whose keys were split: parts weighted by exp(lse), sinks added, into out and
+// lse.
 void merge_partials(const Batch& p);
 
 // Floats of scratch that a body needs for head dim D.
@@ -53,7 +54,7 @@ void run_cpu(const Params& p);
 struct AppendParams {
   const void *k, *v;  // [T][J][D] of `dtype`, strides in elements
   int64_t k_token, k_head, v_token, v_head;
-  const int64_t* slots;     // [T]; outside 0..P*Z-1: skipped
+  const int64_t* slots;    // [T]; outside 0..P*Z-1: skipped
   const float *cos, *sin;  // [T][R / 2] or null
   int64_t T, J, D, Z, P, R;
   DType dtype;

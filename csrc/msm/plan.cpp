@@ -179,7 +179,8 @@ std::string to_string(const PlanView& plan) {
                      " units=" + std::to_string(h.units) + " -> " + std::to_string(h.tasks) +
                      " tasks x " + std::to_string(h.J) + " heads (";
   for (int k = 0; k < 4; ++k)
-    text += (k ? ", " : "") + std::to_string(count[k]) + " of " + std::to_string(kTiles[k]) + " rows";
+    text +=
+        (k ? ", " : "") + std::to_string(count[k]) + " of " + std::to_string(kTiles[k]) + " rows";
   return text + "), " + std::to_string(h.merges) + " merges; longest " + std::to_string(most) +
          " of " + std::to_string(total);
 }

@@ -2,9 +2,9 @@
 // every device. XY-Serve (ASPLOS 2026), sections 4.2 and 4.3, with longest-first order.
 //
 // The queries of request b and kv head j are G * q_len packed rows, G = H / J: row r is token r / G
-// and query head j * G + r % G. A task is a tile of at most 16, 32, 64 or 128 rows against a range of
-// keys, for every kv head. Where tasks are fewer than workers, or one is longer than its share, the
-// keys are split and the parts merged by their log-sum-exp.
+// and query head j * G + r % G. A task is a tile of at most 16, 32, 64 or 128 rows against a range
+// of keys, for every kv head. Where tasks are fewer than workers, or one is longer than its share,
+// the keys are split and the parts merged by their log-sum-exp.
 //
 //   header [16]       magic, words, B, T, H, J, tasks, merges, partial_rows, units, split, window
 //   tasks [tasks][8]  request, tile, row0, rows, kv_begin, kv_end, partial, cost; longest first
@@ -57,8 +57,9 @@ struct Problem {
   int64_t B;
   int H, J;
   int64_t window;
-  int units;      // workers
-  int64_t split;  // keys of a part: 0 chosen here, else a multiple of kSplitUnit, cut at its multiples
+  int units;  // workers
+  int64_t
+      split;  // keys of a part: 0 chosen here, else a multiple of kSplitUnit, cut at its multiples
 };
 
 // The keys that any row of a tile may see.

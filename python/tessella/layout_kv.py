@@ -1,7 +1,7 @@
-"""Pack and unpack coded key/value pages in plain torch, written from the comment of csrc/layout/kv.h.
+"""Pack and unpack coded key/value pages in plain torch, from the comment of csrc/layout/kv.h.
 
-Codes are uint8 [..., Z, D] (values below 2^bits); scales and zeros fp16 [..., Z, groups], or [..., D]
-where keys are coded per channel. Shares no code with the C++ layout.
+Codes are uint8 [..., Z, D] (values below 2^bits); scales and zeros fp16 [..., Z, groups], or
+[..., D] where keys are coded per channel. Shares no code with the C++ layout.
 """
 
 from __future__ import annotations

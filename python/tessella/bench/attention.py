@@ -1,7 +1,7 @@
 """Cases and rivals of attention on CPU, shared by the families msm and kv4.
 
-A case is a batch over paged keys and values: decode, prefill (with a cached prefix or not), trees to
-verify, or a mixture. Rivals get the same keys and values contiguous, which no paged cache has.
+A case is a batch over paged keys and values: decode, prefill (with a cached prefix or not), trees
+to verify, or a mixture. Rivals get them contiguous, which no paged cache has.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from tessella import ops
@@ -39,7 +38,7 @@ VERIFY = [case("verify", 4, 4096, 31), case("verify", 8, 4096, 15)]
 PREFILL = [
     case("prefill", 1, 1024, 1024),
     case("prefill", 1, 4096, 4096),
-    *(case("prefill", 1, 1024 + cached, 1024) for cached in (37, 1000, 3001)),  # cached prefix
+    *(case("prefill", 1, 1024 + n, 1024) for n in (37, 1000, 3001)),  # a cached prefix
     case("prefill", 1, 16384, 512),  # a chunk of a long prompt
 ]
 MIXED = [case("mixed", 12, 4096, 256), case("mixed", 24, 1024, 128)]
@@ -125,7 +124,7 @@ def rivals(c: Case, p: Problem) -> dict[str, Callable[[int], Tensor]]:
     def sdpa(i: int) -> Tensor:
         k, v = caches[i % n]
         causal = c["kind"] == "prefill" and q == ctx
-        return F.scaled_dot_product_attention(
+        return torch.nn.functional.scaled_dot_product_attention(
             qs, k, v, None if causal else mask, is_causal=causal, scale=scale, enable_gqa=True
         )
 
@@ -160,7 +159,7 @@ def _mixed_rival(c: Case, p: Problem) -> Callable[[int], Tensor]:
 
     def run(_: int) -> Tensor:
         for q, (k, v), m in zip(qs, caches, masks, strict=True):
-            out = F.scaled_dot_product_attention(q, k, v, m, enable_gqa=True)
+            out = torch.nn.functional.scaled_dot_product_attention(q, k, v, m, enable_gqa=True)
         return out
 
     return run

@@ -35,7 +35,9 @@ def make(
         raise BenchError(f"heads: expected H:J:D, got {heads!r}")
     H, J, _ = map(int, parts)
     if H % J or split % 256:
-        raise BenchError(f"heads, split: expected H % J == 0 and split % 256 == 0, got {heads} {split}")
+        raise BenchError(
+            f"heads, split: expected H % J == 0 and split % 256 == 0, got {heads} {split}"
+        )
     plan = _native._C.plan_msm(
         [q for q, _, _ in requests],
         [kv for _, kv, _ in requests],

@@ -135,7 +135,9 @@ def msm(
         list[str],
         typer.Argument(metavar="[Nx]Q:KV[:MASK]...", help="Query tokens and keys of a request."),
     ],
-    heads: Annotated[str, typer.Option(help="H:J:D: query heads, kv heads, head dim.")] = "32:8:128",
+    heads: Annotated[
+        str, typer.Option(help="H:J:D: query heads, kv heads, head dim.")
+    ] = "32:8:128",
     units: Annotated[int, typer.Option(min=1, help="Workers: threads, or resident CTAs.")] = 1,
     window: Annotated[int, typer.Option(min=0, help="Keys of a sliding window.")] = 0,
     split: Annotated[int, typer.Option(min=0, help="Fixed split, a multiple of 256.")] = 0,

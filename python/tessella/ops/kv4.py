@@ -73,8 +73,8 @@ def kv4_append(
 
         s = fp16((hi - lo) / qmax);  z = fp16(-lo / s);  q = round_half_even(x / s + z)
 
-    A range of at most 2^-10 of the magnitude is stored as a constant; an inf, a NaN or a scale over
-    fp16 gives scale NaN, which spoils whatever attends to the token.
+    A range of at most 2^-10 of the magnitude is stored as a constant; an inf, a NaN or a scale
+    over fp16 gives scale NaN, which spoils whatever attends to the token.
 
     Args:
         k_TJD, v_TJD, slots, rope: as for :func:`msm_append`.
@@ -89,10 +89,9 @@ def kv4_append(
     """
     refuse_gradient("kv4_append", k_TJD, v_TJD)
     f, (cos, sin) = factors or KVFactors(), rope or (None, None)
-    torch.ops.tessella.kv4_append(
-        k_TJD, v_TJD, slots, cos, sin, cache.codec.name, cache.Z, f.k_mean, f.k_fold, f.v_fold, rows,
-        cache.blob, cache.k_tail, tail_row,
-    )  # fmt: skip
+    front = (k_TJD, v_TJD, slots, cos, sin, cache.codec.name, cache.Z)
+    own = (f.k_mean, f.k_fold, f.v_fold, rows)
+    torch.ops.tessella.kv4_append(*front, *own, cache.blob, cache.k_tail, tail_row)
 
 
 def _cache(pages, codec, Z, D, k_tail) -> KV4Pages:

@@ -1,4 +1,4 @@
-"""msm: attention over paged keys and values (matmul - softmax - matmul), its plans and its append."""
+"""msm: attention over paged keys and values (matmul - softmax - matmul), plans and append."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def msm_attn(
     max_kv_len: int = 0,
     out: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Attention of ragged queries over paged keys and values: prefill, decode and trees in one call.
+    """Attention of ragged queries over paged keys and values: prefill, decode, trees in one call.
 
     Token i of a request is at position kv_len - q_len + i. With s = scale * q.k, or
     softcap * tanh(s / softcap), over the keys that its mask lets it see::
@@ -74,8 +74,8 @@ def msm_attn(
         [T, H, D] of q's dtype. A row that sees no key is 0, its lse -inf (or the sink).
 
     Raises:
-        RuntimeError: tensors that do not fit each other, a page id, length, mask or plan that is out
-            of range, a tree wider than its bits: before any work, nothing is written.
+        RuntimeError: tensors that do not fit each other, a page id, length, mask or plan that is
+            out of range, a tree wider than its bits: before any work, nothing is written.
     """
     refuse_gradient("msm_attn", q_THD, cache.pages)
     args = (q_THD, cache.pages, *batch_args(q_THD, batch, scale, window, softcap, sinks, plan))
@@ -131,7 +131,9 @@ def how(scale, window, softcap, sinks) -> dict:
 
 def finish(q: Tensor, out: Tensor, sums: Tensor, lse: bool) -> tuple[Tensor, Tensor]:
     """The reference's fp64 results as the op returns them."""
-    return out.to(q.dtype), sums.float() if lse else q.new_empty((0, q.shape[1]), dtype=torch.float32)
+    return out.to(q.dtype), sums.float() if lse else q.new_empty(
+        (0, q.shape[1]), dtype=torch.float32
+    )
 
 
 def fake_attn(q: Tensor, lse: bool) -> tuple[Tensor, Tensor]:

@@ -93,7 +93,7 @@ def msm_attn(q_THD: Tensor, pages_PJ2ZD: Tensor, batch: MsmBatch, **how) -> tupl
 
 
 def rotate(x_TJD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding by halves (RoFormer, section 3.2.2) of the first R channels, in fp32.
+    """Rotary position embedding by halves (RoFormer, section 3.2.2) of R channels, in fp32.
 
     cos and sin are [T, R/2]; products and sums are rounded one by one.
     """
