@@ -141,7 +141,7 @@ struct Decoded {
     const int64_t n = 8 / p.page.v_bits;
     const F16 *scales = halves(blob + p.page.v_scales()), *zeros = halves(blob + p.page.v_zeros());
     const uint8_t* codes = blob + p.page.v_codes() + t0 / 4 * p.page.v_quad_bytes();
-    VF s[4], sz[4];
+    VF s[4] = {zero_f(), zero_f(), zero_f(), zero_f()}, sz[4] = {s[0], s[0], s[0], s[0]};
     for (int64_t d = 0; d < p.D; d += kLanes) {
       if (d % p.page.G == 0)
         for (int i = 0; i < 4; ++i) {
@@ -182,19 +182,42 @@ struct Bits {
   }
 };
 
+// The numbers of a page's layout, which would cost divisions each time.
+struct Places {
+  explicit Places(const KvPage& page)
+      : v_codes(page.v_codes()),
+        k_scales(page.k_scales()),
+        k_zeros(page.k_zeros()),
+        v_scales(page.v_scales()),
+        v_zeros(page.v_zeros()),
+        k_group(page.k_group_bytes()),
+        v_quad(page.v_quad_bytes()),
+        groups(page.groups()),
+        G(page.G),
+        Dv(page.Dv()) {}
+
+  int64_t v_codes, k_scales, k_zeros, v_scales, v_zeros, k_group, v_quad, groups, G, Dv;
+
+  // Of a channel; those of the padding belong to the last one.
+  int64_t group(int64_t channel) const {
+    if (groups == 1) return 0;
+    const int64_t g = channel / G;
+    return g < groups ? g : groups - 1;
+  }
+};
+
 // Sixteen tokens: the page they lie in, and the first one's place there.
 struct Group {
   const uint8_t* blob;
   int64_t t;
 
-  const uint8_t* keys(const KvPage& page) const { return blob + t / 16 * page.k_group_bytes(); }
-  const uint8_t* values(const KvPage& page) const {
-    return blob + page.v_codes() + t / 4 * page.v_quad_bytes();
-  }
+  const uint8_t* keys(const Places& at) const { return blob + t / 16 * at.k_group; }
+  const uint8_t* values(const Places& at) const { return blob + at.v_codes + t / 4 * at.v_quad; }
 };
 
 // A task's memory and state.
 struct Work {
+  const Places in;
   float* o;                                 // totals [rows][Dv]
   float* s;                                 // scores, then probabilities [4][kBlock]
   float* q;                                 // [rows][D], as changed
@@ -208,14 +231,14 @@ struct Work {
   int coming = 0;                                      // groups of the next
   State st;
 
-  Work(float* at, const Params& p, int64_t rows) {
+  Work(float* at, const Params& p, int64_t rows) : in(p.page) {
     auto take = [&](int64_t floats) {
       float* here = at;
       at += round_up(floats, 16);
       return here;
     };
-    const int64_t groups = p.page.groups();
-    o = take(rows * p.page.Dv());
+    const int64_t groups = in.groups;
+    o = take(rows * in.Dv);
     s = take(4 * kBlock);
     q = take(rows * p.D);
     q8 = reinterpret_cast<int8_t*>(take(rows * p.D / 4));
@@ -228,7 +251,7 @@ struct Work {
     nan = take(rows);
     q_sum = take(rows * groups);
     lost = take(rows * groups);
-    __builtin_memset(o, 0, size_t(rows * p.page.Dv()) * sizeof(float));
+    __builtin_memset(o, 0, size_t(rows * in.Dv) * sizeof(float));
     __builtin_memset(lost, 0, size_t(rows * groups) * sizeof(float));
     __builtin_memset(nan, 0, size_t(rows) * sizeof(float));
   }
@@ -314,8 +337,8 @@ struct Keys {
 inline Keys keys_at(const Params& p, const Work& w, int c) {
   const Group& g = w.here[c / 16];
   const int64_t row = p.page.channel ? 0 : g.t + c % 16;
-  return {g.keys(p.page) + c % 16 * 4, g.values(p.page) + c % 16 * 4,
-          halves(g.blob + p.page.k_scales()) + row, halves(g.blob + p.page.k_zeros()) + row};
+  return {g.keys(w.in) + c % 16 * 4, g.values(w.in) + c % 16 * 4,
+          halves(g.blob + w.in.k_scales) + row, halves(g.blob + w.in.k_zeros) + row};
 }
 
 // Scores of kVecs vectors of tokens for kRows rows from r0, into w.s at column c.
@@ -327,7 +350,7 @@ __attribute__((noinline)) void score_keys(const Params& p, const Keys (&keys)[kV
   for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 2
     for (int v = 0; v < kVecs; ++v) total[r][v] = zero_f();
-  const int64_t D = p.D, groups = p.page.channel ? 1 : p.page.groups(), G = D / groups;
+  const int64_t D = p.D, groups = p.page.channel ? 1 : w.in.groups, G = D / groups;
   for (int64_t g = 0; g < groups; ++g) {
     VI acc[kRows][kVecs];
     const uint8_t *code[kVecs], *ahead[kVecs];
@@ -367,7 +390,7 @@ inline void enter_page(const Params& p, const Keys& keys, Work& w, int r0, int r
     for (int64_t d = 0; d < p.D; d += kLanes)
       store_f(room + d, mul(load_f(w.q + r * p.D + d), load_x(keys.scales + d)));
     float sums[kMostGroups];
-    w.q_scale[r] = quantise_row(room, p.D, p.page.G, w.q8 + r * p.D, sums);
+    w.q_scale[r] = quantise_row(room, p.D, w.in.G, w.q8 + r * p.D, sums);
     VF bias = zero_f();  // of the codes: their rounding then meets c - z, which is centred
     for (int64_t d = 0; d < p.D; d += kLanes)
       bias = fma(load_i8(w.q8 + r * p.D + d), load_x(keys.zeros + d), bias);
@@ -444,7 +467,7 @@ inline bool softmax(const Rows& rows, Work& w, int r0, int r, int64_t key0, int 
 // Probabilities of a chunk times the scales of V -> bytes, for every group of channels.
 template <class B>
 inline void quantise_chunk(const Params& p, Work& w, int r0, int r, int c) {
-  const int64_t groups = p.page.groups();
+  const int64_t groups = w.in.groups;
   for (int64_t g = 0; g < groups; ++g) {
     const float *s = w.s + r * kBlock + c, *vs = w.vs + g * kBlock + c, *vz = w.vz + g * kBlock + c;
     VF most = zero_f(), sum = zero_f();
@@ -482,16 +505,21 @@ __attribute__((noinline)) void weigh(const Params& p, const Chunk& chunk, Work& 
                                      int64_t at) {
   VI acc[kRows][kLoads][B::kParts];
   const int64_t first = at / 64 * (16 * B::kCodes) + at % 64 / 4;  // channel of part 0
-  const uint8_t* p8[kOne ? 1 : B::kParts];
-  for (int i = 0; i < (kOne ? 1 : B::kParts); ++i)
-    p8[i] = w.p8 + (first + 16 * (B::kNibbles ? 0 : i)) / p.page.G % p.page.groups() * 4 * kChunk;
+  constexpr int kGroups = kOne ? 1 : B::kCodes;
+  const uint8_t* p8[kGroups];
+  const float* p_scale[kGroups];
+  for (int i = 0; i < kGroups; ++i) {
+    const int64_t group = w.in.group(first + 16 * i);
+    p8[i] = w.p8 + group * 4 * kChunk;
+    p_scale[i] = w.p_scale[group];
+  }
 #pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 2
     for (int l = 0; l < kLoads; ++l)
 #pragma GCC unroll 4
       for (int i = 0; i < B::kParts; ++i) acc[r][l][i] = zero_i();
-  const int64_t quad = p.page.v_quad_bytes();
+  const int64_t quad = w.in.v_quad;
   const uint8_t* const* codes = chunk.values;
   for (int g = 0; g < chunk.count; ++g) {
     Dot d[kRows][kLoads][B::kParts];
@@ -515,7 +543,7 @@ __attribute__((noinline)) void weigh(const Params& p, const Chunk& chunk, Work& 
         for (int i = 0; i < B::kParts; ++i) {
           if (!kOne || i == 0)
             q = codes4(
-                reinterpret_cast<const int8_t*>(p8[kOne ? 0 : i] + r * kChunk + g * 16 + k * 4));
+                reinterpret_cast<const int8_t*>(p8[i % kGroups] + r * kChunk + g * 16 + k * 4));
 #pragma GCC unroll 2
           for (int l = 0; l < kLoads; ++l) {
             if constexpr (B::kMostP == 127)
@@ -542,8 +570,8 @@ __attribute__((noinline)) void weigh(const Params& p, const Chunk& chunk, Work& 
         const int64_t channel = first + (kLanes == 16 ? l * 16 * B::kCodes : l * kLanes) + 16 * i;
         VI sum = acc[r][l][i];
         if constexpr (B::kNibbles) sum = add(sum, mul(acc[r][l][1], set1_i(16)));
-        float* o = w.o + (r0 + r) * p.page.Dv() + channel;
-        const float by = w.p_scale[channel / p.page.G % p.page.groups()][r];
+        float* o = w.o + (r0 + r) * w.in.Dv + channel;
+        const float by = p_scale[kOne ? 0 : i][r];
         store_f(o, fma(to_f(sum), set1_f(by), load_f(o)));
       }
 }
@@ -551,19 +579,19 @@ __attribute__((noinline)) void weigh(const Params& p, const Chunk& chunk, Work& 
 // One chunk of keys, all channels.
 template <class B, int kRows>
 inline void weigh_chunk(const Params& p, Chunk& chunk, Work& w, int r0) {
-  const int64_t span = 16 * B::kCodes, bytes = p.page.Dv() / span * 64;
-  const bool whole = p.page.groups() == 1;
+  const int64_t span = 16 * B::kCodes, bytes = w.in.Dv / span * 64;
+  const bool whole = w.in.groups == 1;
   constexpr int64_t kStep = kLanes * 4;
-  const int64_t key_lines = r0 > 0 ? 0 : p.page.k_group_bytes() / 64;
+  const int64_t key_lines = r0 > 0 ? 0 : w.in.k_group / 64;
   int64_t at = 0;
   if constexpr (kLanes == 16 && B::kParts <= 2)
-    if (whole || p.page.G % (2 * span) == 0) {
+    if (whole || w.in.G % (2 * span) == 0) {
       chunk.lines = int(ceil_div(key_lines * 128, bytes * 4));
       for (; at + 128 <= bytes; at += 128) weigh<B, kRows, 2, true>(p, chunk, w, r0, at);
     }
   chunk.lines = kLanes == 16 ? int(ceil_div(key_lines * 64, bytes * 4)) : 0;
   for (; at < bytes; at += kStep) {
-    if (whole || p.page.G % span == 0)
+    if (whole || w.in.G % span == 0)
       weigh<B, kRows, 1, true>(p, chunk, w, r0, at);
     else
       weigh<B, kRows, 1, false>(p, chunk, w, r0, at);
@@ -572,14 +600,14 @@ inline void weigh_chunk(const Params& p, Chunk& chunk, Work& w, int r0) {
 
 // Scales and zeros of the values of a block, 0 past its n keys.
 inline void load_v_rows(const Params& p, Work& w, int n) {
-  for (int64_t g = 0; g < p.page.groups(); ++g)
+  for (int64_t g = 0; g < w.in.groups; ++g)
     for (int c = 0; c < int(round_up(n, kChunk)); c += 16) {
       const Group& group = w.here[c / 16];
       float *s = w.vs + g * kBlock + c, *z = w.vz + g * kBlock + c;
       const int64_t at = g * p.Z + group.t;
       for (int t = 0; t < 16; t += kLanes) {
-        store_f(s + t, c < n ? load_x(halves(group.blob + p.page.v_scales()) + at + t) : zero_f());
-        store_f(z + t, c < n ? load_x(halves(group.blob + p.page.v_zeros()) + at + t) : zero_f());
+        store_f(s + t, c < n ? load_x(halves(group.blob + w.in.v_scales) + at + t) : zero_f());
+        store_f(z + t, c < n ? load_x(halves(group.blob + w.in.v_zeros) + at + t) : zero_f());
       }
       for (int t = n - c > 0 ? n - c : 16; t < 16; ++t) s[t] = z[t] = 0.f;
     }
@@ -590,9 +618,9 @@ inline void weigh_block(const Params& p, Work& w, int r0, int n) {
   for (int c = 0; c < n; c += kChunk) {
     Chunk chunk;
     for (int t = c; t < c + kChunk && t < n; t += 16) {
-      chunk.values[chunk.count] = w.here[t / 16].values(p.page);
+      chunk.values[chunk.count] = w.here[t / 16].values(w.in);
       const int ahead = t / 16 < w.coming ? t / 16 : w.coming - 1;
-      chunk.ahead[chunk.count] = ahead < 0 ? chunk.values[0] : w.next[ahead].keys(p.page);
+      chunk.ahead[chunk.count] = ahead < 0 ? chunk.values[0] : w.next[ahead].keys(w.in);
       ++chunk.count;
     }
     for (int r = 0; r < kRows; ++r) quantise_chunk<B>(p, w, r0, r, c);
@@ -601,7 +629,8 @@ inline void weigh_block(const Params& p, Work& w, int r0, int n) {
 }
 
 // Finds the groups of up to kBlock keys from key0; fetches their scales and zeros.
-inline int find_groups(const Params& p, const Rows& rows, int64_t key0, Group* groups) {
+inline int find_groups(const Params& p, const Rows& rows, const Work& w, int64_t key0,
+                       Group* groups) {
   int count = 0;
   int64_t t = key0 % p.Z;
   for (int64_t pos = key0; pos < rows.t.kv_end && count < kBlock / 16; pos += 16, t += 16) {
@@ -609,10 +638,10 @@ inline int find_groups(const Params& p, const Rows& rows, int64_t key0, Group* g
     Group& g = groups[count++];
     g = {t > 0 && count > 1 ? groups[count - 2].blob : p.blob(rows.t.request, pos, rows.j), t};
     const int64_t row = p.page.channel ? 0 : t * 2;
-    prefetch(g.blob + p.page.k_scales() + row);
-    prefetch(g.blob + p.page.k_zeros() + row);
-    prefetch(g.blob + p.page.v_scales() + t * 2);
-    prefetch(g.blob + p.page.v_zeros() + t * 2);
+    prefetch(g.blob + w.in.k_scales + row);
+    prefetch(g.blob + w.in.k_zeros + row);
+    prefetch(g.blob + w.in.v_scales + t * 2);
+    prefetch(g.blob + w.in.v_zeros + t * 2);
   }
   return count;
 }
@@ -629,10 +658,10 @@ inline void block(const Params& p, const Rows& rows, Work& w, int r0, int64_t ke
     if (!softmax(rows, w, r0, r, key0, n))
       for (int c = 0; c < int(round_up(n, kChunk)); ++c) w.s[r * kBlock + c] = 0.f;
     if (const float keep = w.st.keep[row]; keep != 1.f) {
-      float* o = w.o + row * p.page.Dv();
-      for (int64_t d = 0; d < p.page.Dv(); d += kLanes)
+      float* o = w.o + row * w.in.Dv;
+      for (int64_t d = 0; d < w.in.Dv; d += kLanes)
         store_f(o + d, mul(load_f(o + d), set1_f(keep)));
-      for (int64_t g = 0; g < p.page.groups(); ++g) w.lost[row * p.page.groups() + g] *= keep;
+      for (int64_t g = 0; g < w.in.groups; ++g) w.lost[row * w.in.groups + g] *= keep;
     }
   }
   if (p.page.v_bits == 8) weigh_block<Bits<8>, kRows>(p, w, r0, n);
@@ -642,22 +671,22 @@ inline void block(const Params& p, const Rows& rows, Work& w, int r0, int64_t ke
 
 inline void run_task(const Params& p, const Task& t, int64_t j, float* memory) {
   const Rows rows(p, t, j);
-  const int64_t groups = p.page.groups(), Dv = p.page.Dv();
   float* room = memory;
   Work w(memory + 2 * 256, p, t.rows);
   w.st.begin(t.rows);
+  const int64_t groups = w.in.groups, Dv = w.in.Dv;
   for (int r = 0; r < t.rows; ++r) {
     float* q = w.q + r * p.D;
     rows.load_q(r, q);
     w.bias[r] = change_query(p, rows, q, room);
     w.page_bias[r] = 0.f;
-    w.q_scale[r] = quantise_row(q, p.D, p.page.G, w.q8 + r * p.D, w.q_sum + r * groups);
+    w.q_scale[r] = quantise_row(q, p.D, w.in.G, w.q8 + r * p.D, w.q_sum + r * groups);
   }
-  w.coming = find_groups(p, rows, t.kv_begin, w.next);
+  w.coming = find_groups(p, rows, w, t.kv_begin, w.next);
   for (int64_t key0 = t.kv_begin; key0 < t.kv_end; key0 += kBlock) {
     const int n = int(t.kv_end - key0 < kBlock ? t.kv_end - key0 : kBlock);
     for (int i = 0; i < w.coming; ++i) w.here[i] = w.next[i];
-    w.coming = find_groups(p, rows, key0 + kBlock, w.next);
+    w.coming = find_groups(p, rows, w, key0 + kBlock, w.next);
     load_v_rows(p, w, n);
     int r = 0;
     for (; r + 4 <= t.rows; r += 4) block<4>(p, rows, w, r, key0, n, room);
@@ -667,7 +696,7 @@ inline void run_task(const Params& p, const Task& t, int64_t j, float* memory) {
   for (int r = 0; r < t.rows; ++r) {
     float* o = w.o + r * Dv;
     for (int64_t d = 0; d < p.D; d += kLanes)
-      store_f(o + d, sub(load_f(o + d), set1_f(w.lost[r * groups + d / p.page.G] + w.nan[r])));
+      store_f(o + d, sub(load_f(o + d), set1_f(w.lost[r * groups + d / w.in.G] + w.nan[r])));
     apply(p.o_fold, p.factor_row(t.request), rows, o, room);
     attn::finish_row(rows, w.st, r, o);
   }
