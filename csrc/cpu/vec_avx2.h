@@ -183,6 +183,8 @@ inline VI dot_end(const Dot& d) {
 }
 #endif
 inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+// Into L2 only: a fetch that waits for memory then holds none of L1's few miss buffers.
+inline void prefetch_l2(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
 
 // --- bf16 pairs
 // acc += the two products of each lane's pair of bf16.

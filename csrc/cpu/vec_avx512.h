@@ -149,6 +149,8 @@ inline void dot(Dot& d, VI w, VI x) {
 }
 inline VI dot_end(const Dot& d) { return d.acc; }
 inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+// Into L2 only: a fetch that waits for memory then holds none of L1's few miss buffers.
+inline void prefetch_l2(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
 
 // --- bf16 pairs
 // acc += the two products of each lane's pair of bf16. The body that uses it is only run where

@@ -94,6 +94,7 @@ inline void dot(Dot& d, VI w, VI x) {
 }
 inline VI dot_end(const Dot& d) { return {d.acc}; }
 inline void prefetch(const void*) {}
+inline void prefetch_l2(const void*) {}
 
 // --- bf16 pairs
 // acc += the two products of each lane's pair of bf16.

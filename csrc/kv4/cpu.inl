@@ -304,7 +304,7 @@ inline void score(const uint8_t* const (&code)[kVecs], const uint8_t* const (&ah
 #pragma GCC unroll 2
       for (int v = 0; v < kVecs; ++v) {
         x[v] = load_i(code[v] + (c / kStep + k) * 64);
-        prefetch(ahead[v] + (c / kStep + k) * 64);
+        prefetch_l2(ahead[v] + (c / kStep + k) * 64);
       }
 #pragma GCC unroll 4
       for (int i = 0; i < B::kCodes; ++i)
@@ -533,7 +533,7 @@ __attribute__((noinline)) void weigh(const Params& p, const Chunk& chunk, Work& 
     for (int k = 0; k < 4; ++k) {
       VI x[kLoads];
       const int64_t line = (at / (kLoads * kLanes * 4) * 4 + k) * chunk.lines;
-      for (int l = 0; l < chunk.lines; ++l) prefetch(chunk.ahead[g] + (line + l) * 64);
+      for (int l = 0; l < chunk.lines; ++l) prefetch_l2(chunk.ahead[g] + (line + l) * 64);
 #pragma GCC unroll 2
       for (int l = 0; l < kLoads; ++l) x[l] = load_i(codes[g] + k * quad + at + l * kLanes * 4);
 #pragma GCC unroll 4
@@ -638,10 +638,10 @@ inline int find_groups(const Params& p, const Rows& rows, const Work& w, int64_t
     Group& g = groups[count++];
     g = {t > 0 && count > 1 ? groups[count - 2].blob : p.blob(rows.t.request, pos, rows.j), t};
     const int64_t row = p.page.channel ? 0 : t * 2;
-    prefetch(g.blob + w.in.k_scales + row);
-    prefetch(g.blob + w.in.k_zeros + row);
-    prefetch(g.blob + w.in.v_scales + t * 2);
-    prefetch(g.blob + w.in.v_zeros + t * 2);
+    prefetch_l2(g.blob + w.in.k_scales + row);
+    prefetch_l2(g.blob + w.in.k_zeros + row);
+    prefetch_l2(g.blob + w.in.v_scales + t * 2);
+    prefetch_l2(g.blob + w.in.v_zeros + t * 2);
   }
   return count;
 }

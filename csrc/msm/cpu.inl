@@ -97,7 +97,7 @@ __attribute__((noinline)) void multiply(const Product<M>& t) {
   const typename M::E* b = t.b;
   for (int k = 0; k < t.depth; k += M::kPair, b += t.ldb) {
     if (t.ahead)
-      for (int i = 0; i < kPieces; ++i) prefetch(t.ahead[i] + k / M::kPair * 64);
+      for (int i = 0; i < kPieces; ++i) prefetch_l2(t.ahead[i] + k / M::kPair * 64);
     typename M::Operand w[kVecs];
 #pragma GCC unroll 8
     for (int v = 0; v < kVecs; ++v) w[v] = M::load(b + v * kLanes * M::kPair);

@@ -42,7 +42,7 @@ PREFILL = [
     case("prefill", 1, 16384, 512),  # a chunk of a long prompt
 ]
 MIXED = [case("mixed", 12, 4096, 256), case("mixed", 24, 1024, 128)]
-"""One chunk of q tokens, then decodes and trees of 8 in turn, of lengths between ctx / 8 and ctx."""
+"""One chunk of q tokens, then decodes and trees of 8 in turn, with ctx / 8 to ctx keys each."""
 
 
 def lengths(c: Case) -> tuple[list[int], list[int], list[str]]:
