@@ -47,7 +47,8 @@ def prepare(c: Case, selection: Selection) -> Prepared:
         tile = "bf16"
     subjects = []
     for name, codec in CODECS.items():
-        if not selection({"kv": name}) or (name != "int4" and c not in shared.DECODE):
+        plain = {k: c[k] for k in shared.VALUE_KEYS} in shared.DECODE
+        if not selection({"kv": name}) or (name != "int4" and not plain):
             continue
         nbytes = p.keys * c["J"] * codec.page_bytes(c["page"], c["D"]) // c["page"]
         n = shared.copies(nbytes)
