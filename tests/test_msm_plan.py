@@ -141,7 +141,7 @@ def test_plan_of_the_command_line():
     assert plan["tasks"] == len(plan["table"]) and plan["table"][0]["cost"] >= 1
     assert {t["tile"] for t in plan["table"]} <= set(ref.TILES)
     shown = run("plan", "msm", "8x1:4096", "--units", 264, "--heads", "32:8:128")
-    assert shown.exit_code == 0 and "16 rows" in shown.stdout
+    assert shown.exit_code == 0 and "B=8" in shown.stdout
     refused(run("plan", "msm", "5:3"), "5:3", "kv")
     assert run("plan", "msm", "nonsense").exit_code == 2
     assert run("plan", "msm").exit_code == 2

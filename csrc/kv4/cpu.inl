@@ -14,6 +14,7 @@ using attn::Rows;
 using attn::State;
 using kv4::Fold;
 using kv4::Params;
+using kv4::Places;
 using layout::KvPage;
 using msm::Task;
 
@@ -179,30 +180,6 @@ struct Bits {
   static VI part(VI x, int i) {
     if constexpr (kTake == 8) return x;
     return bit_and(shift_right(x, i * kTake), set1_i(kTake == 4 ? 0x0f0f0f0f : 0x03030303));
-  }
-};
-
-// The numbers of a page's layout, which would cost divisions each time.
-struct Places {
-  explicit Places(const KvPage& page)
-      : v_codes(page.v_codes()),
-        k_scales(page.k_scales()),
-        k_zeros(page.k_zeros()),
-        v_scales(page.v_scales()),
-        v_zeros(page.v_zeros()),
-        k_group(page.k_group_bytes()),
-        v_quad(page.v_quad_bytes()),
-        groups(page.groups()),
-        G(page.G),
-        Dv(page.Dv()) {}
-
-  int64_t v_codes, k_scales, k_zeros, v_scales, v_zeros, k_group, v_quad, groups, G, Dv;
-
-  // Of a channel; those of the padding belong to the last one.
-  int64_t group(int64_t channel) const {
-    if (groups == 1) return 0;
-    const int64_t g = channel / G;
-    return g < groups ? g : groups - 1;
   }
 };
 

@@ -35,6 +35,30 @@ struct Params : msm::Batch {
   int64_t factor_row(int64_t request) const { return rows ? rows[request] : 0; }
 };
 
+// The numbers of a page's layout, which would cost divisions each time.
+struct Places {
+  explicit Places(const layout::KvPage& page)
+      : v_codes(page.v_codes()),
+        k_scales(page.k_scales()),
+        k_zeros(page.k_zeros()),
+        v_scales(page.v_scales()),
+        v_zeros(page.v_zeros()),
+        k_group(page.k_group_bytes()),
+        v_quad(page.v_quad_bytes()),
+        groups(page.groups()),
+        G(page.G),
+        Dv(page.Dv()) {}
+
+  int64_t v_codes, k_scales, k_zeros, v_scales, v_zeros, k_group, v_quad, groups, G, Dv;
+
+  // Of a channel; those of the padding belong to the last one.
+  int64_t group(int64_t channel) const {
+    if (groups == 1) return 0;
+    const int64_t g = channel / G;
+    return g < groups ? g : groups - 1;
+  }
+};
+
 void run_cpu(const Params& p);
 
 struct AppendParams : msm::AppendParams {

@@ -34,7 +34,7 @@ def quantise(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
     z = (-lo * inv).half()
     q = torch.round(x * inv[..., None] + z.float()[..., None]).clamp(0, float(qmax))
     c = 0.5 * (lo + hi)
-    s, z = torch.where(flat, c.abs().half(), s), torch.where(flat, -torch.sign(c).half(), z)
+    s, z = torch.where(flat, c.abs().half(), s), torch.where(flat, (0.0 - torch.sign(c)).half(), z)
     nothing = flat | bad
     s, z = s.masked_fill(bad, torch.nan), z.masked_fill(bad, 0)
     return q.masked_fill(nothing[..., None], 0).to(torch.uint8), s, z
