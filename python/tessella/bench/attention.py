@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tessella import ops
+from tessella import _native, ops
 from tessella.bench.suite import Case
 from tessella.bench.timing import last_level_cache_bytes, rotations
 from tessella.formats_kv import MsmBatch
@@ -81,6 +81,11 @@ def problem(c: Case) -> Problem:
     plan = ops.msm_plan(batch, c["H"], c["J"])
     pairs = sum(n * (k - n) + n * (n + 1) // 2 for n, k in zip(q_len, kv_len, strict=True))
     return Problem(batch, pages, q, plan, pairs, sum(kv_len))
+
+
+def resident(pages: Tensor) -> Tensor:
+    """A copy where a cache keeps its pages."""
+    return _native.empty_pages(pages.shape, pages.dtype).copy_(pages)
 
 
 def copies(nbytes: int) -> int:

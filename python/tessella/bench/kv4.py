@@ -53,7 +53,7 @@ def prepare(c: Case, selection: Selection) -> Prepared:
         nbytes = p.keys * c["J"] * codec.page_bytes(c["page"], c["D"]) // c["page"]
         n = shared.copies(nbytes)
         one = coded_pages(c, codec, p.pages)
-        caches = [KV4Pages(one.blob.clone(), codec, one.Z, one.D) for _ in range(n)]
+        caches = [KV4Pages(shared.resident(one.blob), codec, one.Z, one.D) for _ in range(n)]
         subjects.append(
             Subject(
                 name=name,

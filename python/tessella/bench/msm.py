@@ -21,7 +21,8 @@ def prepare(c: Case, selection: Selection) -> Prepared:
     nbytes = p.keys * c["J"] * 2 * c["D"] * 2
     n = shared.copies(nbytes)
     shape = (p.pages, c["J"], 2, c["page"], c["D"])
-    caches = [KVPages(torch.randn(shape, dtype=torch.bfloat16)) for _ in range(n)]
+    random = torch.randn(shape, dtype=torch.bfloat16)
+    caches = [KVPages(shared.resident(random)) for _ in range(n)]
     isa = _native._C.cpu_isa()
     ours = Subject(
         name="bf16",

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from tessella import _native
 from tessella.formats_kv import KV4Pages, KVCodec, KVPages
 from tessella.kv.blocks import BlockTable
 
@@ -49,10 +50,10 @@ class Store:
         self.layers: list[KVPages | KV4Pages] = []
         for _ in range(shape.layers):
             if codec is None:
-                empty = torch.empty(pages, J, 2, Z, D, dtype=dtype, device=device)
+                empty = _native.empty_pages((pages, J, 2, Z, D), dtype, device)
                 self.layers.append(KVPages(empty))
                 continue
-            blob = torch.empty(pages, J, codec.page_bytes(Z, D), dtype=torch.uint8, device=device)
+            blob = _native.empty_pages((pages, J, codec.page_bytes(Z, D)), torch.uint8, device)
             channel = codec.k_axis == "channel"
             tail = torch.zeros(sequences, J, Z, D, device=device) if channel else None
             self.layers.append(KV4Pages(blob, codec, Z, D, tail))
@@ -100,5 +101,6 @@ def _memory(layer: KVPages | KV4Pages) -> Tensor:
 
 def _longer(layer: KVPages | KV4Pages, more: int) -> KVPages | KV4Pages:
     old = _memory(layer)
-    new = torch.cat([old, old.new_empty((more, *old.shape[1:]))])
+    new = _native.empty_pages((len(old) + more, *old.shape[1:]), old.dtype, old.device)
+    new[: len(old)] = old
     return KVPages(new) if isinstance(layer, KVPages) else replace(layer, blob=new)

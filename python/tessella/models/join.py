@@ -86,7 +86,9 @@ class Joined:
     def _build(self) -> None:
         """One blob of all weights, of which the linears keep views."""
         blobs = [linear.blob for linear in self.linears]
-        self._blob = _native.empty_bytes(sum(b.numel() for b in blobs), blobs[0].device)
+        self._blob = _native.empty_pages(
+            [sum(b.numel() for b in blobs)], torch.uint8, blobs[0].device
+        )
         self._views = list(self._blob.split([b.numel() for b in blobs]))
         for linear, view, blob in zip(self.linears, self._views, blobs):
             linear.blob = view.copy_(blob)
