@@ -211,13 +211,20 @@ void Core::sync_all(bool vectors_only) {
   if (mode_ == Mode::kStrict) join(clock_[kS], machine.released_clock[which]);
 }
 
+void Core::release() {
+  for (const auto& slot : slots)
+    if (slot->state != Slot::kFree)
+      fail("queue", std::string("a tensor of a ") + slot->position + " queue was never freed");
+  slots.clear();
+  used.fill(0);
+  buffers = 0;
+}
+
 void Core::finish() {
   if (mode_ == Mode::kRandom) drain();
   for (const auto& [key, clock] : flags_)
     if ((key >> 6) < 100) fail("flag", flag_name(key) + " was set and never waited for");
-  for (const auto& slot : slots)
-    if (slot->state != Slot::kFree)
-      fail("queue", std::string("a tensor of a ") + slot->position + " queue was never freed");
+  release();
 }
 
 }  // namespace twin

@@ -53,8 +53,9 @@ D narrowed(float x, RoundMode mode) {
 template <class D, class S>
 typename Lane<D>::type cast_one(typename Lane<S>::type x, RoundMode mode, float deq) {
   if constexpr (std::is_same_v<D, int4b_t> || std::is_integral_v<D>) {
-    const double least = std::is_same_v<D, int4b_t> ? -8 : double(std::numeric_limits<D>::min());
-    const double most = std::is_same_v<D, int4b_t> ? 7 : double(std::numeric_limits<D>::max());
+    using Limits = std::numeric_limits<typename Lane<D>::type>;
+    const double least = std::is_same_v<D, int4b_t> ? -8 : double(Limits::min());
+    const double most = std::is_same_v<D, int4b_t> ? 7 : double(Limits::max());
     double v;
     if constexpr (std::is_integral_v<S>) v = double(x);
     else v = rounded(double(float(x)), mode);

@@ -150,6 +150,7 @@ class Core {
   void wait_cross(int id);
   void sync_all(bool vectors_only);
   void finish();
+  void release();  // all buffers and queues
   [[noreturn]] void fail(const char* rule, const std::string& text) const;
   std::string label() const;
   bool counting() const { return mode_ == Mode::kCount; }

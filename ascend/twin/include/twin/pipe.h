@@ -196,6 +196,11 @@ inline twin::Ends pipes_of(HardEvent e) {
 
 class TPipe {
  public:
+  // Waits for everything, and gives all buffers back.
+  void Destroy() {
+    twin::core().barrier_all();
+    twin::core().release();
+  }
   template <TPosition kPosition, int32_t kDepth, int32_t kMask>
   bool InitBuffer(TQue<kPosition, kDepth, kMask>& queue, uint8_t count, uint32_t bytes) {
     queue.init(count, bytes);
