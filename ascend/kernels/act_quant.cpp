@@ -71,6 +71,7 @@ class ActQuant {
 
  private:
   __aicore__ inline void Quantise(int32_t m, const Part& part) {
+    Barrier();  // the last part's numbers are still being read
     if (part.first == part.end) {
       if (t_.per_block == 0 && t_.scale_rows == 2) NoScale(m, part);
       return;

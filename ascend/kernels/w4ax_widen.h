@@ -82,6 +82,7 @@ class Widen {
     LocalTensor<uint16_t> low = scratch_.ReinterpretCast<uint16_t>();
     LocalTensor<uint16_t> mask = mask_.Get<uint16_t>(128);
     const uint16_t four = 4;
+    Barrier();  // results of the last unit may still be read from there
     ShiftLeft(low, in, four, columns * words);
     Barrier();
     for (int32_t i = 0; i < columns; ++i) {

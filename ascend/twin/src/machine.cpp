@@ -79,7 +79,7 @@ void Machine::pass_on(int from) {
     if (runnable((from + i) % n)) can.push_back((from + i) % n);
   if (!can.empty()) {
     running_ = config.mode == Mode::kRandom ? can[random_() % can.size()] : can[0];
-  } else if (std::any_of(state_.begin(), state_.end(), [](int s) { return s == 1; })) {
+  } else if (finding_.empty() && std::any_of(state_.begin(), state_.end(), [](int s) { return s == 1; })) {
     rule_ = "deadlock";
     finding_ = "deadlock: every core waits";
     for (int i = 0; i < n; ++i)
