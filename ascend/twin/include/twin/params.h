@@ -19,6 +19,8 @@ class Field {
       throw Finding("field", std::to_string(int64_t(x)) + " is not in " + std::to_string(kMin) +
                                  ".." + std::to_string(kMax));
   }
+  template <class U, int64_t kOtherMax, int64_t kOtherMin>
+  Field(const Field<U, kOtherMax, kOtherMin>& x) : Field(U(x)) {}
   operator T() const { return value_; }
 
  private:
