@@ -52,6 +52,7 @@ TEST(missing_flag_before_the_buffer_is_filled_again) {
            DataCopy(t, global(gx), 64);
            mte2_to_v();
            Adds(t[64], t, 1.f, 64);
+           PipeBarrier<PIPE_MTE2>();
            DataCopy(t, global(gx), 64);
          });
 }
@@ -217,7 +218,7 @@ TEST(wrong_stride_reads_what_nothing_wrote) {
 
 TEST(uninitialised_global_memory) {
   std::vector<float> space(64);
-  run_broken("uninitialised", "GM address", config(twin::Kind::kVector), {out(space), in(gy)},
+  run_broken("uninitialised", "which nothing has written", config(twin::Kind::kVector), {out(space), in(gy)},
              [&] {
                TPipe pipe;
                Tmp tmp;
