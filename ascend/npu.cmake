@@ -4,7 +4,7 @@
 #   SOC_VERSION       Ascend910B1..B4, Ascend910B2C or ascend910_93*
 # Each thing that is missing or does not fit ends the configuration with one message.
 
-set(TESSELLA_NPU_SOCS "Ascend910B1|Ascend910B2|Ascend910B2C|Ascend910B3|Ascend910B4|[Aa]scend910_93.*")
+set(TESSELLA_NPU_SOCS "Ascend910B[1-4]|Ascend910B2C|[Aa]scend910_93.*")
 set(ASCEND_HOME_PATH "$ENV{ASCEND_HOME_PATH}" CACHE PATH "the CANN toolkit")
 set(SOC_VERSION "$ENV{SOC_VERSION}" CACHE STRING "the chip, as npu-smi names it")
 if(NOT ASCEND_HOME_PATH OR NOT EXISTS "${ASCEND_HOME_PATH}")

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from ascend_twin import CORES, fields, gemm, ops, pack
 
+from ascend_twin import CORES, fields, gemm, ops, pack
 from tessella import layout
 from tessella.formats import W4Weight
 from tessella.ref import act_quant as ref_quant

@@ -22,8 +22,7 @@ inline GemmScheme check_scheme(const char* op, const layout::W4Panel& panel,
 
 // From checked parameters; `mode` is empty for the planner's choice.
 inline GemmProblem gemm_problem(const char* op, const w4ax_gemm::Params& p,
-                                const std::string& scheme, int64_t cores,
-                                const std::string& mode) {
+                                const std::string& scheme, int64_t cores, const std::string& mode) {
   const layout::W4Panel& panel = p.panel;
   if (p.K8 != 0 && p.K8 != panel.Kp)
     refuse(Arg{op, "codes8"}, "activations of one precision on ascend",

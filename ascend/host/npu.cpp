@@ -3,9 +3,9 @@
 
 #include <stdexcept>
 
-#include "aclrtlaunch_tessella_act_quant.h"
-#include "aclrtlaunch_tessella_w4ax_gemm.h"
-#include "tiling/platform/platform_ascendc.h"
+#include <aclrtlaunch_tessella_act_quant.h>
+#include <aclrtlaunch_tessella_w4ax_gemm.h>
+#include <tiling/platform/platform_ascendc.h>
 
 namespace tessella::ascend {
 
@@ -24,16 +24,15 @@ static void check(const char* op, uint32_t error) {
 
 void npu_gemm(const GemmCall& c, int32_t cores, void* workspace, void* tiling, void* stream) {
   const auto p = [](const void* x) { return const_cast<void*>(x); };
-  check("w4ax_gemm",
-        ACLRT_LAUNCH_KERNEL(tessella_w4ax_gemm)(uint32_t(cores), stream, p(c.codes8), p(c.codes4),
-                                                p(c.sums), p(c.scales), p(c.w), p(c.bias), c.out,
-                                                workspace, tiling));
+  check("w4ax_gemm", ACLRT_LAUNCH_KERNEL(tessella_w4ax_gemm)(
+                         uint32_t(cores), stream, p(c.codes8), p(c.codes4), p(c.sums), p(c.scales),
+                         p(c.w), p(c.bias), c.out, workspace, tiling));
 }
 
 void npu_quant(const QuantCall& c, int32_t cores, void* tiling, void* stream) {
-  check("act_quant", ACLRT_LAUNCH_KERNEL(tessella_act_quant)(
-                         uint32_t(cores), stream, const_cast<void*>(c.x), c.codes8, c.codes4,
-                         c.sums, c.scales, tiling));
+  check("act_quant",
+        ACLRT_LAUNCH_KERNEL(tessella_act_quant)(uint32_t(cores), stream, const_cast<void*>(c.x),
+                                                c.codes8, c.codes4, c.sums, c.scales, tiling));
 }
 
 }  // namespace tessella::ascend

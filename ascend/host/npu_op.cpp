@@ -9,10 +9,10 @@
 #include <optional>
 #include <tuple>
 
+#include <torch_npu/csrc/core/npu/NPUStream.h>
+#include <torch_npu/csrc/framework/OpCommand.h>
 #include "npu.h"
 #include "pack.h"
-#include "torch_npu/csrc/core/npu/NPUStream.h"
-#include "torch_npu/csrc/framework/OpCommand.h"
 
 namespace tessella::ascend {
 
@@ -39,9 +39,12 @@ static GemmDtype check_dtype(const char* op, const char* arg, at::ScalarType t) 
 
 static layout::W4Panel panel_of(const char* op, const std::string& scheme, int64_t N, int64_t Kp) {
   layout::W4Panel p{Scheme::kGroup, N, Kp, 128};
-  if (scheme == "channel") p.scheme = Scheme::kChannel;
-  else if (scheme == "twolevel") p.scheme = Scheme::kTwoLevel;
-  else if (scheme != "g128") refuse(op, "scheme", "channel, g128 or twolevel on ascend", scheme);
+  if (scheme == "channel")
+    p.scheme = Scheme::kChannel;
+  else if (scheme == "twolevel")
+    p.scheme = Scheme::kTwoLevel;
+  else if (scheme != "g128")
+    refuse(op, "scheme", "channel, g128 or twolevel on ascend", scheme);
   if (N < 1 || Kp < 128 || Kp > w4ax_gemm::kMostKp)
     refuse(op, "w", "N >= 1 and K in 1..65536", std::to_string(N) + " x " + std::to_string(Kp));
   return p;
@@ -77,8 +80,10 @@ static void gemm_into(const char* op, const Tensor& codes8, const Tensor& codes4
   check_tensor(op, "w", w, at::kByte, {panel.bytes()}, w);
   check_tensor(op, "out", out, out.scalar_type(), {M, N}, w);
   const int64_t rows = g == Granularity::kBlock ? B : g == Granularity::kClass ? 2 : 1;
-  if (g == Granularity::kToken) check_tensor(op, "scales", scales, at::kFloat, {M}, w);
-  else check_tensor(op, "scales", scales, at::kFloat, {rows, M}, w);
+  if (g == Granularity::kToken)
+    check_tensor(op, "scales", scales, at::kFloat, {M}, w);
+  else
+    check_tensor(op, "scales", scales, at::kFloat, {rows, M}, w);
   if (bias) check_tensor(op, "bias", *bias, out.scalar_type(), {N}, w);
   GemmCall call{};
   GemmProblem& p = call.problem;
@@ -160,8 +165,8 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor> quant(const Tensor& x, int64_t
   };
   Tensor codes8 = make({B8, p.M, 128}, at::kChar), codes4 = make({B - B8, p.M, 64}, at::kByte);
   Tensor sums = make({B, p.M}, at::kInt);
-  Tensor scales = g == Granularity::kToken ? make({p.M}, at::kFloat)
-                                           : make({p.scale_rows, p.M}, at::kFloat);
+  Tensor scales =
+      g == Granularity::kToken ? make({p.M}, at::kFloat) : make({p.scale_rows, p.M}, at::kFloat);
   if (p.M == 0) return {codes8, codes4, sums, scales};
   p.cores = npu_cores().vector;
   const std::vector<int32_t> plan = plan_quant(p);
@@ -213,8 +218,8 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor> unpack(const Tensor& w, std::s
   Tensor z = channel ? make({N}, at::kByte) : make({N, G}, at::kByte);
   const Tensor from = w.cpu();
   unpack_cube(static_cast<const uint8_t*>(from.data_ptr()), panel,
-              {static_cast<uint8_t*>(q.data_ptr()), static_cast<float*>(s.data_ptr()),
-               g.data_ptr(), static_cast<uint8_t*>(z.data_ptr())});
+              {static_cast<uint8_t*>(q.data_ptr()), static_cast<float*>(s.data_ptr()), g.data_ptr(),
+               static_cast<uint8_t*>(z.data_ptr())});
   const auto device = w.device();
   return {q.to(device), s.to(device), g.to(device), z.to(device)};
 }

@@ -7,8 +7,8 @@
 
 namespace tessella::ascend {
 
-// Calls f(offset in the panels, offset in the tensor, bytes, which tensor) for every scale and zero:
-// 0 channel scales, 1 group scales, 2 zeros.
+// Calls f(offset in the panels, offset in the tensor, bytes, which tensor) for every scale and
+// zero: 0 channel scales, 1 group scales, 2 zeros.
 template <class F>
 void each_scale(const layout::W4Cube& panel, const F& f) {
   const bool channel = panel.scheme == Scheme::kChannel;

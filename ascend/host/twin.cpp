@@ -4,9 +4,9 @@
 #include "launch.h"
 #include "twin/machine.h"
 
-extern "C" void tessella_w4ax_gemm(uint8_t* codes8, uint8_t* codes4, uint8_t* sums,
-                                   uint8_t* scales, uint8_t* w, uint8_t* bias, uint8_t* out,
-                                   uint8_t* workspace, uint8_t* tiling);
+extern "C" void tessella_w4ax_gemm(uint8_t* codes8, uint8_t* codes4, uint8_t* sums, uint8_t* scales,
+                                   uint8_t* w, uint8_t* bias, uint8_t* out, uint8_t* workspace,
+                                   uint8_t* tiling);
 extern "C" void tessella_act_quant(uint8_t* x, uint8_t* codes8, uint8_t* codes4, uint8_t* sums,
                                    uint8_t* scales, uint8_t* tiling);
 

@@ -13,7 +13,8 @@ static Tensor make(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef 
 }
 
 static void raise(const char* op, const std::string& finding) {
-  if (!finding.empty()) throw std::runtime_error(std::string("ascend twin: ") + op + ": " + finding);
+  if (!finding.empty())
+    throw std::runtime_error(std::string("ascend twin: ") + op + ": " + finding);
 }
 
 static Tensor w4ax_gemm_twin(const Tensor& codes8, const Tensor& codes4, const Tensor& sums,
@@ -22,8 +23,8 @@ static Tensor w4ax_gemm_twin(const Tensor& codes8, const Tensor& codes4, const T
                              const std::optional<Tensor>& bias, ScalarType dtype, int64_t cores,
                              const std::string& mode, int64_t seed) {
   const char* op = "w4ax_gemm";
-  const w4ax_gemm::Params p = w4ax_gemm::check(op, codes8, codes4, sums, scales, w, scheme, N,
-                                               granularity, bias, dtype);
+  const w4ax_gemm::Params p =
+      w4ax_gemm::check(op, codes8, codes4, sums, scales, w, scheme, N, granularity, bias, dtype);
   GemmCall call{};
   call.problem = gemm_problem(op, p, scheme, cores, mode);
   Tensor out = make(codes8, {p.M, N}, dtype);
@@ -113,8 +114,12 @@ static GemmProblem problem_of(int64_t M, int64_t N, int64_t K, const std::string
                               bool per_block, int64_t cores, const std::string& mode) {
   const int64_t Kp = round_up(K, 128);
   const layout::W4Panel panel = w4ax_gemm::check_scheme("plan", scheme, N, Kp);
-  return {M, N, Kp, check_scheme("plan", panel, scheme), kBF16, int8, per_block, 0, false,
-          int32_t(cores), mode};
+  return {M,         N,
+          Kp,        check_scheme("plan", panel, scheme),
+          kBF16,     int8,
+          per_block, 0,
+          false,     int32_t(cores),
+          mode};
 }
 
 template <class T>

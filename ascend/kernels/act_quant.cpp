@@ -3,8 +3,8 @@
 //   amax = max |x| over what shares a scale;  scale = amax / qmax;  code = rne(x * (qmax / amax))
 //
 // as csrc/act_quant/params.h has it, every step one fp32 rounding. A vector core takes tokens in
-// turn; a token is in pieces of 64 blocks of 128 channels. Magnitudes are compared as bits first: an
-// infinity or a NaN becomes infinity, which is then the maximum. Codes go through int32, since
+// turn; a token is in pieces of 64 blocks of 128 channels. Magnitudes are compared as bits first:
+// an infinity or a NaN becomes infinity, which is then the maximum. Codes go through int32, since
 // fp32 rounds there in one step, and through half, the only way to int8 and int4.
 #include "../tiling/act_quant.h"
 #include "blocks.h"

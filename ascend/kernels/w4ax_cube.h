@@ -30,9 +30,9 @@ class GemmCube {
     codes_.SetGlobalBuffer(reinterpret_cast<__gm__ int8_t*>(args.codes8));
     prepared_.SetGlobalBuffer(reinterpret_cast<__gm__ int8_t*>(args.workspace));
     w_.SetGlobalBuffer(reinterpret_cast<__gm__ int8_t*>(args.w));
-    ring_.SetGlobalBuffer(reinterpret_cast<__gm__ int8_t*>(
-        args.workspace + int64_t(t.at_ring) * 512 +
-        int64_t(p_.core) * t.ring * t.n_tile * kChunkRowBytes));
+    ring_.SetGlobalBuffer(
+        reinterpret_cast<__gm__ int8_t*>(args.workspace + int64_t(t.at_ring) * 512 +
+                                         int64_t(p_.core) * t.ring * t.n_tile * kChunkRowBytes));
     sums_.SetGlobalBuffer(reinterpret_cast<__gm__ int32_t*>(
         args.workspace + int64_t(t.at_sums) * 512 + int64_t(p_.core) * 2 * kSlotBytes));
     pipe->InitBuffer(a1_, 2, t.rows * kChunkRowBytes);

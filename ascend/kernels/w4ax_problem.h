@@ -1,7 +1,7 @@
 // What the cube core and the vector cores of w4ax_gemm both know: arguments, tiling, tasks.
 #pragma once
-#include "blocks.h"
 #include "../tiling/w4ax_gemm.h"
+#include "blocks.h"
 
 namespace tessella::ascend {
 

@@ -77,8 +77,7 @@ class GemmSums {
   // My columns of a product's rows, compact.
   __aicore__ inline void Fetch(const LocalTensor<int32_t>& x, int32_t at) {
     const GemmTiling& t = p_->t;
-    DataCopy(x, from_[at + sub_ * half_],
-             Blocks(u_.rows, half_ / 8, (t.n_tile - half_) / 8, 0));
+    DataCopy(x, from_[at + sub_ * half_], Blocks(u_.rows, half_ / 8, (t.n_tile - half_) / 8, 0));
   }
 
   // Strides of tokens x my columns, against a row for all tokens or a number for each of them.

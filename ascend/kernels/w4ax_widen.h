@@ -19,9 +19,9 @@ class Widen {
     p_ = problem;
     const GemmTiling& t = p_->t;
     w_.SetGlobalBuffer(reinterpret_cast<__gm__ int8_t*>(args.w));
-    to_.SetGlobalBuffer(reinterpret_cast<__gm__ int8_t*>(
-        args.workspace + int64_t(t.at_ring) * 512 +
-        int64_t(p_->core) * t.ring * t.n_tile * kChunkRowBytes));
+    to_.SetGlobalBuffer(
+        reinterpret_cast<__gm__ int8_t*>(args.workspace + int64_t(t.at_ring) * 512 +
+                                         int64_t(p_->core) * t.ring * t.n_tile * kChunkRowBytes));
     pipe->InitBuffer(in_, 2, 8192 + kChunk * 128);
     pipe->InitBuffer(out_, 2, 16384);
     pipe->InitBuffer(mask_, 256);
@@ -122,11 +122,9 @@ class Widen {
       Cast(h, x[c * features * 32], RoundMode::CAST_NONE, features * 32);
       Barrier();
       const auto strides = Strides(2, 2, 1, 16, 16, 8);  // 8 features a repeat, 16 channels of each
-      for (int32_t i = 0; i < 2; ++i)
-        Mul(h[i * 16], h[i * 16], s1b, 128, features / 8, strides);
+      for (int32_t i = 0; i < 2; ++i) Mul(h[i * 16], h[i * 16], s1b, 128, features / 8, strides);
       Barrier();
-      for (int32_t i = 0; i < 2; ++i)
-        Add(h[i * 16], h[i * 16], ab, 128, features / 8, strides);
+      for (int32_t i = 0; i < 2; ++i) Add(h[i * 16], h[i * 16], ab, 128, features / 8, strides);
       Barrier();
       Cast(x[c * features * 32], h, RoundMode::CAST_RINT, features * 32);
     }

@@ -13,8 +13,7 @@ static int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 static constexpr int64_t kMostSplitTokens = 63;
 
 static GemmMode choose_mode(const GemmProblem& p) {
-  if (p.mode.empty())
-    return !p.int8 ? kDirect : p.M <= kMostSplitTokens ? kSplit : kWiden;
+  if (p.mode.empty()) return !p.int8 ? kDirect : p.M <= kMostSplitTokens ? kSplit : kWiden;
   if (p.mode == "direct" && !p.int8) return kDirect;
   if (p.mode == "split" && p.int8) return kSplit;
   if (p.mode == "widen" && p.int8) return kWiden;
@@ -69,8 +68,7 @@ static void choose_units(GemmTiling& t) {
 }
 
 static void lay_out_workspace(GemmTiling& t) {
-  const int64_t prepared =
-      t.mode == kWiden ? 0 : int64_t(t.m_tiles) * t.blocks * 2 * t.rows * 32;
+  const int64_t prepared = t.mode == kWiden ? 0 : int64_t(t.m_tiles) * t.blocks * 2 * t.rows * 32;
   t.ring = t.mode == kWiden ? 4 : 0;
   t.at_sums = int32_t(ceil_div(prepared, 512));
   t.at_ring = t.at_sums + t.cores * (2 * kSlotBytes / 512);

@@ -17,7 +17,7 @@ struct GemmProblem {
   bool per_block;  // activation scales
   int32_t scale_row;
   bool has_bias;
-  int32_t cores;   // of the device: one cube core and two vector cores each
+  int32_t cores;     // of the device: one cube core and two vector cores each
   std::string mode;  // split, direct, widen, or empty: the planner's choice
 };
 

@@ -2,8 +2,8 @@
 // the official header, so that the same sources build with CANN. Written from AscendC's public
 // documentation; docs/ascend.md says what it checks and what it cannot.
 #pragma once
-#include "twin/copy.h"
 #include "twin/cast.h"
+#include "twin/copy.h"
 #include "twin/cube.h"
 #include "twin/fixpipe.h"
 #include "twin/pipe.h"

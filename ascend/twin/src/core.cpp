@@ -146,7 +146,8 @@ void Core::set_cross(int mode, Pipe pipe, int id) {
   if (mode < 0 || mode > 2) fail("field", "CrossCoreSetFlag: mode " + std::to_string(mode));
   if (id < 0 || id > 10)
     fail("field", "CrossCoreSetFlag: flag id " + std::to_string(id) + " is not in 0..10");
-  if (mode_ == Mode::kRandom && pipe != kS) return enqueue({3, pipe, "CrossCoreSetFlag", {}, id, mode});
+  if (mode_ == Mode::kRandom && pipe != kS)
+    return enqueue({3, pipe, "CrossCoreSetFlag", {}, id, mode});
   deliver_cross(mode, pipe, id);
 }
 
@@ -166,7 +167,8 @@ void Core::deliver_cross(int mode, Pipe pipe, int id) {
   sets.resize(members.size());
   const size_t me = size_t(std::find(members.begin(), members.end(), this) - members.begin());
   sets[me].push_back(snapshot(pipe));
-  if (sets[me].size() > 15) fail("flag", "cross-core flag " + std::to_string(id) + " is set 16 times");
+  if (sets[me].size() > 15)
+    fail("flag", "cross-core flag " + std::to_string(id) + " is set 16 times");
   if (std::any_of(sets.begin(), sets.end(), [](const auto& s) { return s.empty(); })) return;
   Clock all = sets[0].front();
   for (auto& s : sets) {
@@ -187,8 +189,8 @@ void Core::wait_cross(int id) {
   if (mode_ == Mode::kRandom)
     while (cross_[id].empty() && step()) {
     }
-  machine.wait_until(*this, [this, id] { return !cross_[id].empty(); },
-                     "cross-core flag " + std::to_string(id));
+  machine.wait_until(
+      *this, [this, id] { return !cross_[id].empty(); }, "cross-core flag " + std::to_string(id));
   join(clock_[kS], cross_[id].front());
   cross_[id].pop_front();
 }
@@ -206,8 +208,9 @@ void Core::sync_all(bool vectors_only) {
     ++machine.generation[which];
     machine.released_clock[which] = machine.barrier_clock[which];
   }
-  machine.wait_until(*this, [this, which, generation] { return machine.generation[which] != generation; },
-                     "SyncAll");
+  machine.wait_until(
+      *this, [this, which, generation] { return machine.generation[which] != generation; },
+      "SyncAll");
   if (mode_ == Mode::kStrict) join(clock_[kS], machine.released_clock[which]);
 }
 

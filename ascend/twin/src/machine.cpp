@@ -39,8 +39,7 @@ Machine::Machine(const Config& c, const std::vector<Buffer>& buffers)
     : config(c), buffers_(buffers), shadows_(buffers.size()), random_(c.seed) {
   for (size_t i = 0; i < buffers.size(); ++i)
     if (buffers[i].real)
-      shadows_[i].resize(buffers[i].bytes, 1, buffers[i].initialised,
-                         config.mode == Mode::kStrict);
+      shadows_[i].resize(buffers[i].bytes, 1, buffers[i].initialised, config.mode == Mode::kStrict);
   for (int b = 0; b < config.blocks; ++b) {
     const auto add = [&](bool aic, int sub) {
       cores.push_back(std::make_unique<Core>(*this, int(cores.size()), aic, b, sub));
@@ -79,7 +78,8 @@ void Machine::pass_on(int from) {
     if (runnable((from + i) % n)) can.push_back((from + i) % n);
   if (!can.empty()) {
     running_ = config.mode == Mode::kRandom ? can[random_() % can.size()] : can[0];
-  } else if (finding_.empty() && std::any_of(state_.begin(), state_.end(), [](int s) { return s == 1; })) {
+  } else if (finding_.empty() &&
+             std::any_of(state_.begin(), state_.end(), [](int s) { return s == 1; })) {
     rule_ = "deadlock";
     finding_ = "deadlock: every core waits";
     for (int i = 0; i < n; ++i)
@@ -133,7 +133,8 @@ void Machine::thread_main(Core& core, const std::function<void()>& kernel) {
 Report Machine::run(const std::function<void()>& kernel) {
   if (config.mode == Mode::kRandom) running_ = int(random_() % cores.size());
   std::vector<std::thread> threads;
-  for (auto& core : cores) threads.emplace_back([this, &core, &kernel] { thread_main(*core, kernel); });
+  for (auto& core : cores)
+    threads.emplace_back([this, &core, &kernel] { thread_main(*core, kernel); });
   for (std::thread& t : threads) t.join();
   Report report{finding_, rule_, {}};
   for (auto& core : cores) {

@@ -35,10 +35,11 @@ void Op::stamp(Shadow& shadow, const Ref& r, int64_t at, int64_t n, bool write) 
     const int who = int(s.who) - 1, other = who / kPipes;
     const bool far = other != core_.index;
     const char* rule = far && write && what[0] == 'w' ? "overlap" : "hazard";
-    fail(rule, std::string(write ? "writes " : "reads ") + where(r) + " that " + what + " by pipe " +
-                   pipe_name(who % kPipes) +
-                   (far ? " of " + core_.machine.cores[size_t(other)]->label() : std::string()) +
-                   (who == core_.self(pipe_) ? " without a barrier between" : " without a flag between"));
+    fail(rule,
+         std::string(write ? "writes " : "reads ") + where(r) + " that " + what + " by pipe " +
+             pipe_name(who % kPipes) +
+             (far ? " of " + core_.machine.cores[size_t(other)]->label() : std::string()) +
+             (who == core_.self(pipe_) ? " without a barrier between" : " without a flag between"));
   };
   for (int64_t g = at / shadow.granule; g <= (at + n - 1) / shadow.granule; ++g) {
     check(shadow.write[size_t(g)], "was written");
@@ -73,7 +74,8 @@ uint8_t* Op::touch(const Ref& r, int64_t n, bool write) {
   int64_t at = 0;
   Buffer* b = core_.machine.find(r.addr, at);
   if (b == nullptr || !b->real || at + n > b->bytes)
-    fail("bounds", std::string(write ? "writes" : "reads") + " global memory outside of every argument");
+    fail("bounds",
+         std::string(write ? "writes" : "reads") + " global memory outside of every argument");
   stamp(core_.machine.shadow(b), r, at, n, write);
   return b->data + at;
 }
@@ -90,8 +92,7 @@ const uint8_t* Op::read(const Ref& r, int64_t n) {
   if (n > 0) {
     const uint8_t* k = known(r);
     for (int64_t i = 0; i < n; ++i)
-      if (!k[i])
-        fail("uninitialised", "reads " + where(r + i) + ", which nothing has written");
+      if (!k[i]) fail("uninitialised", "reads " + where(r + i) + ", which nothing has written");
   }
   return p;
 }

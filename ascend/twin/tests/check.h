@@ -87,8 +87,7 @@ inline void run_broken(const std::string& rule, const std::string& words, twin::
   const twin::Report r = twin::launch(c, buffers, kernel);
   expect(!r.finding.empty(), "expected a finding of rule " + rule);
   expect(r.rule == rule, "expected rule " + rule + ", got: " + r.finding);
-  expect(r.finding.find(words) != std::string::npos,
-         "expected '" + words + "' in: " + r.finding);
+  expect(r.finding.find(words) != std::string::npos, "expected '" + words + "' in: " + r.finding);
 }
 
 // UB to and from global memory through flags, around one vector body.
@@ -132,7 +131,7 @@ std::vector<T> numbers(size_t n, int low, int high) {
 
 }  // namespace twin_tests
 
-#define TEST(NAME)                                                        \
-  static void NAME();                                                     \
-  static const twin_tests::Register NAME##_registered(#NAME, &NAME);      \
+#define TEST(NAME)                                                   \
+  static void NAME();                                                \
+  static const twin_tests::Register NAME##_registered(#NAME, &NAME); \
   static void NAME()

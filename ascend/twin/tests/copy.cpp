@@ -16,7 +16,7 @@ TEST(data_copy_strides_are_gaps_in_blocks) {
     SetFlag<HardEvent::MTE2_MTE3>(0);
     WaitFlag<HardEvent::MTE2_MTE3>(0);
     DataCopy(global(y), t, DataCopyParams(3, 1, 1, 1));
-    });
+  });
   for (int i = 0; i < 3; ++i)
     for (int j = 0; j < 16; ++j)
       expect(y[size_t(i * 32 + j)] == x[size_t(i * 48 + j)], "burst " + std::to_string(i));

@@ -1,4 +1,6 @@
 // The cube unit: layouts of L0A, L0B and L0C, products of every type, Fixpipe.
+#include <algorithm>
+
 #include "check.h"
 
 namespace twin_tests {
@@ -17,92 +19,116 @@ struct Sum<int4b_t> {
   using type = int32_t;
 };
 
+// Sizes of a product, and what of them is padded.
+template <class T>
+struct Shape {
+  static constexpr int kC0 = 256 / twin::kBits<T>;
+  using C = typename Sum<T>::type;
+  using Store = std::conditional_t<twin::kBits<T> == 4, uint8_t, T>;
+  int m, n, k;
+
+  int row() const { return k * twin::kBits<T> / 8 / int(sizeof(Store)); }
+  int mp() const { return (m + 15) / 16 * 16; }
+  int np() const { return (n + 15) / 16 * 16; }
+  int kb() const { return (k + kC0 - 1) / kC0; }
+};
+
+template <class T>
+std::vector<typename Shape<T>::Store> stored(const std::vector<float>& v, int64_t elements) {
+  using Store = typename Shape<T>::Store;
+  std::vector<Store> s(size_t(twin::bytes_of<T>(elements)) / sizeof(Store));
+  for (size_t i = 0; i < size_t(elements); ++i) {
+    if constexpr (twin::kBits<T> == 4)
+      s[i / 2] = uint8_t(s[i / 2] | (int(v[i]) & 15) << (i % 2 * 4));
+    else
+      s[i] = T(v[i]);
+  }
+  return s;
+}
+
+template <class T, class Queue>
+void load_rows(Queue& queue, std::vector<typename Shape<T>::Store>& from, int rows, int padded,
+               int row) {
+  using Store = typename Shape<T>::Store;
+  LocalTensor<Store> t = queue.template AllocTensor<Store>();
+  Nd2NzParams p;
+  p.ndNum = 1;
+  p.nValue = rows;
+  p.dValue = row;
+  p.srcDValue = row;
+  p.dstNzC0Stride = padded;
+  DataCopy(t, global(from), p);
+  queue.EnQue(t);
+}
+
+template <class T>
+void product_kernel(const Shape<T>& s, std::vector<typename Shape<T>::Store>& ga,
+                    std::vector<typename Shape<T>::Store>& gb,
+                    std::vector<typename Shape<T>::C>& y) {
+  using C = typename Shape<T>::C;
+  using Store = typename Shape<T>::Store;
+  TPipe pipe;
+  TQue<TPosition::A1, 1> a1;
+  TQue<TPosition::B1, 1> b1;
+  TQue<TPosition::A2, 1> a2;
+  TQue<TPosition::B2, 1> b2;
+  TQue<TPosition::CO1, 1> c;
+  pipe.InitBuffer(a1, 1, uint32_t(s.mp() * s.kb() * 32));
+  pipe.InitBuffer(b1, 1, uint32_t(s.np() * s.kb() * 32));
+  pipe.InitBuffer(a2, 1, uint32_t(s.mp() * s.kb() * 32));
+  pipe.InitBuffer(b2, 1, uint32_t(s.np() * s.kb() * 32));
+  pipe.InitBuffer(c, 1, uint32_t(s.mp() * s.np() * 4));
+  load_rows<T>(a1, ga, s.m, s.mp(), s.row());
+  load_rows<T>(b1, gb, s.n, s.np(), s.row());
+  LocalTensor<Store> ta1 = a1.template DeQue<Store>(), tb1 = b1.template DeQue<Store>();
+  LocalTensor<T> ta = a2.template AllocTensor<T>(), tb = b2.template AllocTensor<T>();
+  LoadData2DParams p;
+  p.repeatTimes = s.kb();
+  p.srcStride = s.mp() / 16;
+  for (int i = 0; i < s.mp() / 16; ++i) {
+    p.startIndex = i;
+    LoadData(ta[uint32_t(i * s.kb() * 16 * s.kC0)], ta1.template ReinterpretCast<T>(), p);
+  }
+  p.startIndex = 0;
+  p.srcStride = 1;
+  p.repeatTimes = s.kb() * s.np() / 16;
+  LoadData(tb, tb1.template ReinterpretCast<T>(), p);
+  a2.EnQue(ta);
+  b2.EnQue(tb);
+  ta = a2.template DeQue<T>();
+  tb = b2.template DeQue<T>();
+  LocalTensor<C> tc = c.template AllocTensor<C>();
+  MmadParams mm;
+  mm.m = s.m;
+  mm.n = s.n;
+  mm.k = s.k;
+  Mmad(tc, ta, tb, mm);
+  c.EnQue(tc);
+  tc = c.template DeQue<C>();
+  FixpipeParamsV220 f;
+  f.nSize = s.n;
+  f.mSize = s.m;
+  f.srcStride = s.mp();
+  f.dstStride = s.n;
+  Fixpipe<C, C, CFG_ROW_MAJOR>(global(y), tc, f);
+  a1.FreeTensor(ta1);
+  b1.FreeTensor(tb1);
+  a2.FreeTensor(ta);
+  b2.FreeTensor(tb);
+  c.FreeTensor(tc);
+}
+
 // a [m][k] and b [n][k] as numbers; c = a b^T through GM -> L1 (NZ) -> L0 -> L0C -> GM.
 template <class T>
 void check_product(int m, int n, int k) {
-  using C = typename Sum<T>::type;
-  constexpr bool kNibbles = twin::kBits<T> == 4;
-  using Store = std::conditional_t<kNibbles, uint8_t, T>;
-  constexpr int kC0 = 256 / twin::kBits<T>;
-  const int low = kNibbles ? -8 : -50, high = kNibbles ? 7 : 50;
+  const Shape<T> s{m, n, k};
+  const int low = twin::kBits<T> == 4 ? -8 : -50, high = twin::kBits<T> == 4 ? 7 : 50;
   const std::vector<float> a = numbers<float>(size_t(m * k), low, high);
-  const std::vector<float> b = numbers<float>(size_t(n * k + 3), low, high);
-  const int row = k * twin::kBits<T> / 8 / int(sizeof(Store));
-  const auto store = [&](const std::vector<float>& v, int rows) {
-    std::vector<Store> s(size_t(rows * row));
-    for (int i = 0; i < rows * k; ++i) {
-      if constexpr (kNibbles)
-        s[size_t(i / 2)] = uint8_t(s[size_t(i / 2)] | (int(v[size_t(i)]) & 15) << (i % 2 * 4));
-      else
-        s[size_t(i)] = T(v[size_t(i)]);
-    }
-    return s;
-  };
-  std::vector<Store> ga = store(a, m), gb = store(b, n);
-  std::vector<C> y(size_t(m * n));
-  const int mp = (m + 15) / 16 * 16, np = (n + 15) / 16 * 16, kb = (k + kC0 - 1) / kC0;
-  run_clean(twin::Kind::kCube, {in(ga), in(gb), out(y)}, [&] {
-    TPipe pipe;
-    TQue<TPosition::A1, 1> a1;
-    TQue<TPosition::B1, 1> b1;
-    TQue<TPosition::A2, 1> a2;
-    TQue<TPosition::B2, 1> b2;
-    TQue<TPosition::CO1, 1> c;
-    pipe.InitBuffer(a1, 1, uint32_t(mp * kb * 32));
-    pipe.InitBuffer(b1, 1, uint32_t(np * kb * 32));
-    pipe.InitBuffer(a2, 1, uint32_t(mp * kb * 32));
-    pipe.InitBuffer(b2, 1, uint32_t(np * kb * 32));
-    pipe.InitBuffer(c, 1, uint32_t(mp * np * 4));
-    const auto load = [&](auto& queue, std::vector<Store>& from, int rows, int padded) {
-      LocalTensor<Store> t = queue.template AllocTensor<Store>();
-      Nd2NzParams p;
-      p.ndNum = 1;
-      p.nValue = rows;
-      p.dValue = row;
-      p.srcDValue = row;
-      p.dstNzC0Stride = padded;
-      DataCopy(t, global(from), p);
-      queue.EnQue(t);
-    };
-    load(a1, ga, m, mp);
-    load(b1, gb, n, np);
-    LocalTensor<Store> ta1 = a1.template DeQue<Store>(), tb1 = b1.template DeQue<Store>();
-    LocalTensor<T> ta = a2.template AllocTensor<T>(), tb = b2.template AllocTensor<T>();
-    LoadData2DParams p;
-    p.repeatTimes = kb;
-    p.srcStride = mp / 16;
-    for (int i = 0; i < mp / 16; ++i) {
-      p.startIndex = i;
-      LoadData(ta[uint32_t(i * kb * 16 * kC0)], ta1.template ReinterpretCast<T>(), p);
-    }
-    p.startIndex = 0;
-    p.srcStride = 1;
-    p.repeatTimes = kb * np / 16;
-    LoadData(tb, tb1.template ReinterpretCast<T>(), p);
-    a2.EnQue(ta);
-    b2.EnQue(tb);
-    ta = a2.template DeQue<T>();
-    tb = b2.template DeQue<T>();
-    LocalTensor<C> tc = c.template AllocTensor<C>();
-    MmadParams mm;
-    mm.m = m;
-    mm.n = n;
-    mm.k = k;
-    Mmad(tc, ta, tb, mm);
-    c.EnQue(tc);
-    tc = c.template DeQue<C>();
-    FixpipeParamsV220 f;
-    f.nSize = n;
-    f.mSize = m;
-    f.srcStride = mp;
-    f.dstStride = n;
-    Fixpipe<C, C, CFG_ROW_MAJOR>(global(y), tc, f);
-    a1.FreeTensor(ta1);
-    b1.FreeTensor(tb1);
-    a2.FreeTensor(ta);
-    b2.FreeTensor(tb);
-    c.FreeTensor(tc);
-  });
+  std::vector<float> b = numbers<float>(size_t(n * k), low, high);
+  std::reverse(b.begin(), b.end());
+  auto ga = stored<T>(a, m * k), gb = stored<T>(b, n * k);
+  std::vector<typename Shape<T>::C> y(size_t(m * n));
+  run_clean(twin::Kind::kCube, {in(ga), in(gb), out(y)}, [&] { product_kernel<T>(s, ga, gb, y); });
   for (int i = 0; i < m; ++i)
     for (int j = 0; j < n; ++j) {
       double sum = 0;
@@ -306,8 +332,8 @@ TEST(one_row_is_a_product_with_a_vector) {
     int32_t vector = 0, matrix = 0;
     for (size_t k = 0; k < 64; ++k) {
       const int8_t w = b[k / 32 * 512 + n * 32 + k % 32];
-      vector += a[k] * w;                              // contiguous
-      matrix += a[k / 32 * 512 + k % 32] * w;          // the first row of each fractal
+      vector += a[k] * w;                      // contiguous
+      matrix += a[k / 32 * 512 + k % 32] * w;  // the first row of each fractal
     }
     expect(y[n] == vector, "m = 1 reads contiguously");
     expect(y[16 + n] == matrix, "m = 2 reads rows of fractals");

@@ -15,8 +15,8 @@ twin::Config blocks(twin::Kind kind, int n, twin::Mode mode = twin::Mode::kStric
 }
 
 // Every AIV writes its part of x, its AIC multiplies it by a unit matrix into y.
-void produce_and_consume(std::vector<int8_t>& x, std::vector<int8_t>& unit,
-                         std::vector<int32_t>& y, bool flag) {
+void produce_and_consume(std::vector<int8_t>& x, std::vector<int8_t>& unit, std::vector<int32_t>& y,
+                         bool flag) {
   KERNEL_TASK_TYPE_DEFAULT(KERNEL_TYPE_MIX_AIC_1_2);
   TPipe pipe;
   if ASCEND_IS_AIV {
@@ -63,8 +63,9 @@ TEST(one_cube_and_two_vector_cores) {
   std::vector<int8_t> x(1024), unit(512);
   std::vector<int32_t> y(512);
   for (size_t i = 0; i < 16; ++i) unit[i * 33] = 1;
-  run_clean(twin::Kind::kMix, {out(x), in(unit), out(y)},
-            [&] { produce_and_consume(x, unit, y, true); }, 2);
+  run_clean(
+      twin::Kind::kMix, {out(x), in(unit), out(y)}, [&] { produce_and_consume(x, unit, y, true); },
+      2);
   for (size_t i = 0; i < 512; ++i)
     expect(y[i] == int32_t(1 + i / 256 * 2 + i % 256 / 128), "element " + std::to_string(i));
   run_broken("uninitialised", "", blocks(twin::Kind::kMix, 1), {out(x), in(unit), out(y)},
@@ -162,8 +163,8 @@ TEST(a_random_order_gives_other_results_where_a_flag_is_missing) {
   for (uint64_t seed = 0; seed < 20 && !differs; ++seed) {
     std::vector<float> x(64), y(64);
     std::iota(x.begin(), x.end(), 0.f);
-    const twin::Report r = twin::launch(
-        config(twin::Kind::kVector, twin::Mode::kRandom, seed), {in(x), out(y)}, [&] {
+    const twin::Report r =
+        twin::launch(config(twin::Kind::kVector, twin::Mode::kRandom, seed), {in(x), out(y)}, [&] {
           TPipe pipe;
           Tmp tmp;
           pipe.InitBuffer(tmp, 256);

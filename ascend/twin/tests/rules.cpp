@@ -92,9 +92,10 @@ TEST(flag_set_twice) {
 TEST(flag_never_set) {
   broken("flag", "V_MTE3 1 is waited for and was not set",
          [](TPipe&, In&, Out&, LocalTensor<float>) { WaitFlag<HardEvent::V_MTE3>(1); });
-  broken("deadlock", "waits for flag V_MTE3 1",
-         [](TPipe&, In&, Out&, LocalTensor<float>) { WaitFlag<HardEvent::V_MTE3>(1); },
-         config(twin::Kind::kVector, twin::Mode::kRandom));
+  broken(
+      "deadlock", "waits for flag V_MTE3 1",
+      [](TPipe&, In&, Out&, LocalTensor<float>) { WaitFlag<HardEvent::V_MTE3>(1); },
+      config(twin::Kind::kVector, twin::Mode::kRandom));
 }
 
 TEST(flag_never_waited_for) {
@@ -106,20 +107,17 @@ TEST(event_ids_run_out) {
   broken("capacity", "all 8 ids", [](TPipe& p, In&, Out&, LocalTensor<float>) {
     for (int i = 0; i < 9; ++i) p.AllocEventID<HardEvent::MTE2_V>();
   });
-  broken("flag", "not allocated", [](TPipe& p, In&, Out&, LocalTensor<float>) {
-    p.ReleaseEventID<HardEvent::MTE2_V>(2);
-  });
+  broken("flag", "not allocated",
+         [](TPipe& p, In&, Out&, LocalTensor<float>) { p.ReleaseEventID<HardEvent::MTE2_V>(2); });
   broken("field", "not in 0..7",
          [](TPipe&, In&, Out&, LocalTensor<float>) { SetFlag<HardEvent::MTE2_V>(8); });
 }
 
 TEST(overflow_of_a_buffer) {
-  broken("bounds", "past the end of the tensor", [](TPipe&, In&, Out&, LocalTensor<float> t) {
-    Duplicate(t[192], 1.f, 65);
-  });
-  broken("bounds", "past the end of the tensor", [](TPipe&, In&, Out&, LocalTensor<float> t) {
-    DataCopy(t[192], global(gx), 72);
-  });
+  broken("bounds", "past the end of the tensor",
+         [](TPipe&, In&, Out&, LocalTensor<float> t) { Duplicate(t[192], 1.f, 65); });
+  broken("bounds", "past the end of the tensor",
+         [](TPipe&, In&, Out&, LocalTensor<float> t) { DataCopy(t[192], global(gx), 72); });
   broken("bounds", "more elements than the buffer has",
          [](TPipe& p, In&, Out&, LocalTensor<float>) {
            Tmp t;
@@ -135,9 +133,8 @@ TEST(overflow_of_global_memory) {
            g.SetGlobalBuffer(gx.data());
            DataCopy(t, g[200], 64);
          });
-  broken("bounds", "past the end of the tensor", [](TPipe&, In&, Out&, LocalTensor<float> t) {
-    DataCopy(t, global(gx)[200], 64);
-  });
+  broken("bounds", "past the end of the tensor",
+         [](TPipe&, In&, Out&, LocalTensor<float> t) { DataCopy(t, global(gx)[200], 64); });
 }
 
 TEST(overflow_of_the_unified_buffer) {
@@ -186,18 +183,14 @@ TEST(too_many_buffers) {
 }
 
 TEST(misaligned_copy) {
-  broken("align", "not whole blocks of 32", [](TPipe&, In&, Out&, LocalTensor<float> t) {
-    DataCopy(t, global(gx), 63);
-  });
-  broken("align", "not a multiple of 32", [](TPipe&, In&, Out&, LocalTensor<float> t) {
-    DataCopy(t[1], global(gx), 64);
-  });
-  broken("align", "Adds: UB address", [](TPipe&, In&, Out&, LocalTensor<float> t) {
-    Adds(t, t[3], 1.f, 8);
-  });
-  broken("align", "odd element", [](TPipe&, In&, Out&, LocalTensor<float> t) {
-    t.ReinterpretCast<int4b_t>()[1];
-  });
+  broken("align", "not whole blocks of 32",
+         [](TPipe&, In&, Out&, LocalTensor<float> t) { DataCopy(t, global(gx), 63); });
+  broken("align", "not a multiple of 32",
+         [](TPipe&, In&, Out&, LocalTensor<float> t) { DataCopy(t[1], global(gx), 64); });
+  broken("align", "Adds: UB address",
+         [](TPipe&, In&, Out&, LocalTensor<float> t) { Adds(t, t[3], 1.f, 8); });
+  broken("align", "odd element",
+         [](TPipe&, In&, Out&, LocalTensor<float> t) { t.ReinterpretCast<int4b_t>()[1]; });
 }
 
 TEST(wrong_stride_leaves_the_buffer) {
@@ -218,8 +211,8 @@ TEST(wrong_stride_reads_what_nothing_wrote) {
 
 TEST(uninitialised_global_memory) {
   std::vector<float> space(64);
-  run_broken("uninitialised", "which nothing has written", config(twin::Kind::kVector), {out(space), in(gy)},
-             [&] {
+  run_broken("uninitialised", "which nothing has written", config(twin::Kind::kVector),
+             {out(space), in(gy)}, [&] {
                TPipe pipe;
                Tmp tmp;
                pipe.InitBuffer(tmp, 256);
@@ -267,9 +260,8 @@ TEST(queue_discipline) {
     q.EnQue(t);
     q.FreeTensor(t);
   });
-  broken("queue", "never freed", [](TPipe&, In& q, Out&, LocalTensor<float>) {
-    q.AllocTensor<float>();
-  });
+  broken("queue", "never freed",
+         [](TPipe&, In& q, Out&, LocalTensor<float>) { q.AllocTensor<float>(); });
   broken("queue", "its depth", [](TPipe& p, In&, Out&, LocalTensor<float>) {
     TQue<TPosition::VECIN, 1> q;
     p.InitBuffer(q, 2, 32);
@@ -304,9 +296,8 @@ TEST(field_widths) {
   });
   broken("field", "over no element",
          [](TPipe&, In&, Out&, LocalTensor<float> t) { Adds(t, t, 1.f, 0); });
-  broken("field", "flag id 11", [](TPipe&, In&, Out&, LocalTensor<float>) {
-    CrossCoreSetFlag<0, PIPE_MTE3>(11);
-  });
+  broken("field", "flag id 11",
+         [](TPipe&, In&, Out&, LocalTensor<float>) { CrossCoreSetFlag<0, PIPE_MTE3>(11); });
 }
 
 TEST(types_that_an_instruction_does_not_have) {
@@ -327,9 +318,8 @@ TEST(types_that_an_instruction_does_not_have) {
     LocalTensor<bfloat16_t> b = t.ReinterpretCast<bfloat16_t>();
     Mul(b, b, b, 32);
   });
-  broken("type", "launched as", [](TPipe&, In&, Out&, LocalTensor<float>) {
-    CheckKernelType(KERNEL_TYPE_MIX_AIC_1_2);
-  });
+  broken("type", "launched as",
+         [](TPipe&, In&, Out&, LocalTensor<float>) { CheckKernelType(KERNEL_TYPE_MIX_AIC_1_2); });
 }
 
 TEST(integer_overflow) {

@@ -16,9 +16,9 @@ void check_binary(const std::vector<T>& both, F instruction, G value, const char
       complain(std::string(name) + " of element " + std::to_string(i));
 }
 
-#define CHECK_BINARY(NAME, T, EXPR, DATA)                                             \
-  check_binary<T>(                                                                    \
-      DATA, [](auto& d, auto& x, auto y, int32_t n) { NAME(d, x, y, n); },            \
+#define CHECK_BINARY(NAME, T, EXPR, DATA)                                  \
+  check_binary<T>(                                                         \
+      DATA, [](auto& d, auto& x, auto y, int32_t n) { NAME(d, x, y, n); }, \
       [](auto a, auto b) { return EXPR; }, #NAME)
 
 TEST(add_sub_mul_div_max_min) {
@@ -33,7 +33,7 @@ TEST(add_sub_mul_div_max_min) {
   CHECK_BINARY(Max, int32_t, a > b ? a : b, i);
   CHECK_BINARY(Min, float, a < b ? a : b, f);
   CHECK_BINARY(Mul, int32_t, a* b, i);
-  CHECK_BINARY(And, uint16_t, a & b, numbers<uint16_t>(256, 0, 65535));
+  CHECK_BINARY(And, uint16_t, a& b, numbers<uint16_t>(256, 0, 65535));
   CHECK_BINARY(Or, uint16_t, a | b, numbers<uint16_t>(256, 0, 65535));
 }
 
@@ -41,7 +41,8 @@ TEST(half_is_rounded_after_every_instruction) {
   // 2048 + 1 is not a half: to nearest even it is 2048
   std::vector<half> x(32, half(1.f));
   x[0] = half(2048.f);
-  const auto y = through_ub<half, half>(x, 16, [](auto& d, auto& s, Tmp&) { Add(d, s, s[16], 16); });
+  const auto y =
+      through_ub<half, half>(x, 16, [](auto& d, auto& s, Tmp&) { Add(d, s, s[16], 16); });
   expect(float(y[0]) == 2048.f && float(y[1]) == 2.f, "2048 + 1");
 }
 
@@ -52,36 +53,47 @@ TEST(scalar_and_unary_forms) {
     for (size_t i = 0; i < 64; ++i)
       expect(y[i] == g(f[i]) || (std::isnan(y[i]) && std::isnan(g(f[i]))), what);
   };
-  same(one([](auto& d, auto& s, Tmp&) { Muls(d, s, 0.5f, 64); }), [](float x) { return x * 0.5f; },
-       "Muls");
-  same(one([](auto& d, auto& s, Tmp&) { Adds(d, s, 3.f, 64); }), [](float x) { return x + 3; },
-       "Adds");
-  same(one([](auto& d, auto& s, Tmp&) { Maxs(d, s, 3.f, 64); }),
-       [](float x) { return x > 3 ? x : 3; }, "Maxs");
-  same(one([](auto& d, auto& s, Tmp&) { Mins(d, s, 3.f, 64); }),
-       [](float x) { return x < 3 ? x : 3; }, "Mins");
-  same(one([](auto& d, auto& s, Tmp&) { Abs(d, s, 64); }), [](float x) { return std::fabs(x); },
-       "Abs");
-  same(one([](auto& d, auto& s, Tmp&) { Relu(d, s, 64); }), [](float x) { return x > 0 ? x : 0; },
-       "Relu");
-  same(one([](auto& d, auto& s, Tmp&) { Exp(d, s, 64); }), [](float x) { return std::exp(x); },
-       "Exp");
-  same(one([](auto& d, auto& s, Tmp&) { Ln(d, s, 64); }), [](float x) { return std::log(x); },
-       "Ln");
-  same(one([](auto& d, auto& s, Tmp&) { Sqrt(d, s, 64); }), [](float x) { return std::sqrt(x); },
-       "Sqrt");
-  same(one([](auto& d, auto& s, Tmp&) { Rsqrt(d, s, 64); }),
-       [](float x) { return 1 / std::sqrt(x); }, "Rsqrt");
-  same(one([](auto& d, auto& s, Tmp&) { Reciprocal(d, s, 64); }), [](float x) { return 1 / x; },
-       "Reciprocal");
-  same(one([](auto& d, auto& s, Tmp&) {
-         Adds(d, s, 1.f, 64);
-         PipeBarrier<PIPE_V>();
-         Axpy(d, s, 2.f, 64);
-         PipeBarrier<PIPE_V>();
-         MulAddDst(d, s, s, 64);
-       }),
-       [](float x) { return std::fma(x, x, std::fma(x, 2.f, x + 1)); }, "Axpy, MulAddDst");
+  same(
+      one([](auto& d, auto& s, Tmp&) { Muls(d, s, 0.5f, 64); }), [](float x) { return x * 0.5f; },
+      "Muls");
+  same(
+      one([](auto& d, auto& s, Tmp&) { Adds(d, s, 3.f, 64); }), [](float x) { return x + 3; },
+      "Adds");
+  same(
+      one([](auto& d, auto& s, Tmp&) { Maxs(d, s, 3.f, 64); }),
+      [](float x) { return x > 3 ? x : 3; }, "Maxs");
+  same(
+      one([](auto& d, auto& s, Tmp&) { Mins(d, s, 3.f, 64); }),
+      [](float x) { return x < 3 ? x : 3; }, "Mins");
+  same(
+      one([](auto& d, auto& s, Tmp&) { Abs(d, s, 64); }), [](float x) { return std::fabs(x); },
+      "Abs");
+  same(
+      one([](auto& d, auto& s, Tmp&) { Relu(d, s, 64); }), [](float x) { return x > 0 ? x : 0; },
+      "Relu");
+  same(
+      one([](auto& d, auto& s, Tmp&) { Exp(d, s, 64); }), [](float x) { return std::exp(x); },
+      "Exp");
+  same(
+      one([](auto& d, auto& s, Tmp&) { Ln(d, s, 64); }), [](float x) { return std::log(x); }, "Ln");
+  same(
+      one([](auto& d, auto& s, Tmp&) { Sqrt(d, s, 64); }), [](float x) { return std::sqrt(x); },
+      "Sqrt");
+  same(
+      one([](auto& d, auto& s, Tmp&) { Rsqrt(d, s, 64); }),
+      [](float x) { return 1 / std::sqrt(x); }, "Rsqrt");
+  same(
+      one([](auto& d, auto& s, Tmp&) { Reciprocal(d, s, 64); }), [](float x) { return 1 / x; },
+      "Reciprocal");
+  same(
+      one([](auto& d, auto& s, Tmp&) {
+        Adds(d, s, 1.f, 64);
+        PipeBarrier<PIPE_V>();
+        Axpy(d, s, 2.f, 64);
+        PipeBarrier<PIPE_V>();
+        MulAddDst(d, s, s, 64);
+      }),
+      [](float x) { return std::fma(x, x, std::fma(x, 2.f, x + 1)); }, "Axpy, MulAddDst");
 }
 
 TEST(shifts_and_not) {
@@ -160,12 +172,11 @@ TEST(a_row_for_all_rows_and_a_number_for_each) {
 
 TEST(copy_gather_transpose) {
   const auto x = numbers<uint16_t>(256, 0, 60000);
-  const auto c = through_ub<uint16_t, uint16_t>(x, 64, [](auto& d, auto& s, Tmp&) {
-    Copy(d, s, 64, 1, CopyRepeatParams(1, 3, 8, 8));
-  });
+  const auto c = through_ub<uint16_t, uint16_t>(
+      x, 64, [](auto& d, auto& s, Tmp&) { Copy(d, s, 64, 1, CopyRepeatParams(1, 3, 8, 8)); });
   for (size_t i = 0; i < 64; ++i) expect(c[i] == x[i / 16 * 48 + i % 16], "Copy");
-  const auto t = through_ub<uint16_t, uint16_t>(
-      x, 256, [](auto& d, auto& s, Tmp&) { Transpose(d, s); });
+  const auto t =
+      through_ub<uint16_t, uint16_t>(x, 256, [](auto& d, auto& s, Tmp&) { Transpose(d, s); });
   for (size_t i = 0; i < 256; ++i) expect(t[i] == x[i % 16 * 16 + i / 16], "Transpose");
   const auto g = through_ub<uint16_t, uint16_t>(x, 64, [](auto& d, auto& s, Tmp& tmp) {
     LocalTensor<uint32_t> at = tmp.Get<uint32_t>();
@@ -240,8 +251,8 @@ TEST(int4_casts_to_and_from_half_only) {
     const int q = packed[i / 2] >> (i % 2 * 4) & 15;
     expect(float(y[i]) == float(q >= 8 ? q - 16 : q), "the low nibble comes first");
   }
-  const std::vector<half> x = {half(-9.f), half(8.f), half(2.5f), half(-1.5f), half(7.4f),
-                               half(0.f),  half(1.f), half(-8.f)};
+  const std::vector<half> x = {half(-9.f), half(8.f), half(2.5f), half(-1.5f),
+                               half(7.4f), half(0.f), half(1.f),  half(-8.f)};
   std::vector<half> many = x;
   many.resize(64, half(3.f));
   const auto z = through_ub<half, uint8_t>(many, 32, [](auto& d, auto& s, Tmp&) {

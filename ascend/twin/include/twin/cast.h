@@ -12,15 +12,13 @@ using AscendC::RoundMode;
 // Is there an instruction from S to D? int32_t to half takes the scale of SetDeqScale.
 template <class D, class S>
 constexpr bool kCasts =
-    std::is_same_v<S, half>
-        ? kOneOf<D, float, int32_t, int16_t, int8_t, uint8_t, int4b_t>
-    : std::is_same_v<S, float>
-        ? kOneOf<D, float, half, bfloat16_t, int64_t, int32_t, int16_t>
+    std::is_same_v<S, half>         ? kOneOf<D, float, int32_t, int16_t, int8_t, uint8_t, int4b_t>
+    : std::is_same_v<S, float>      ? kOneOf<D, float, half, bfloat16_t, int64_t, int32_t, int16_t>
     : std::is_same_v<S, bfloat16_t> ? kOneOf<D, float, int32_t>
     : std::is_same_v<S, int32_t>    ? kOneOf<D, float, half, int16_t, int64_t>
     : std::is_same_v<S, int16_t>    ? kOneOf<D, half, float>
-    : std::is_same_v<S, int64_t>    ? kOneOf<D, float, int32_t>
-                                    : kOneOf<S, int4b_t, int8_t, uint8_t> && std::is_same_v<D, half>;
+    : std::is_same_v<S, int64_t> ? kOneOf<D, float, int32_t>
+                                 : kOneOf<S, int4b_t, int8_t, uint8_t> && std::is_same_v<D, half>;
 
 inline double rounded(double x, RoundMode mode) {
   switch (mode) {
@@ -57,13 +55,17 @@ typename Lane<D>::type cast_one(typename Lane<S>::type x, RoundMode mode, float 
     const double least = std::is_same_v<D, int4b_t> ? -8 : double(Limits::min());
     const double most = std::is_same_v<D, int4b_t> ? 7 : double(Limits::max());
     double v;
-    if constexpr (std::is_integral_v<S>) v = double(x);
-    else v = rounded(double(float(x)), mode);
+    if constexpr (std::is_integral_v<S>)
+      v = double(x);
+    else
+      v = rounded(double(float(x)), mode);
     if (std::isnan(v)) v = 0;
     if (v >= most) v = most;
     if (v <= least) v = least;
-    if constexpr (std::is_same_v<D, int64_t>) return v >= 9.2e18 ? most : int64_t(v);
-    else return typename Lane<D>::type(int64_t(v));
+    if constexpr (std::is_same_v<D, int64_t>)
+      return v >= 9.2e18 ? most : int64_t(v);
+    else
+      return typename Lane<D>::type(int64_t(v));
   } else if constexpr (std::is_same_v<D, S>) {
     return D(float(rounded(double(x), mode)));
   } else if constexpr (std::is_same_v<S, int32_t> && std::is_same_v<D, half>) {
@@ -126,8 +128,7 @@ bool compares(AscendC::CMPMODE mode, T a, T b) {
 namespace AscendC {
 
 template <class D, class S>
-void Cast(const LocalTensor<D>& d, const LocalTensor<S>& s, const RoundMode& mode,
-          uint32_t count) {
+void Cast(const LocalTensor<D>& d, const LocalTensor<S>& s, const RoundMode& mode, uint32_t count) {
   constexpr int kWide = std::max(twin::kBits<D>, twin::kBits<S>);
   twin::cast(d, s, mode, twin::count_lanes(count, twin::lanes_of(kWide)), {}, true);
 }
@@ -213,8 +214,8 @@ void Select(const LocalTensor<T>& d, const LocalTensor<U>& bits, const LocalTens
   if (mode != SELMODE::VSEL_TENSOR_TENSOR_MODE)
     throw twin::Finding("field", "Select: this form is VSEL_TENSOR_TENSOR_MODE");
   const twin::Ref r = b.ref();
-  SelectWith(d, bits, a, [r](twin::Op& op, int64_t at) { return twin::load_one<T>(op, r + at); },
-             count);
+  SelectWith(
+      d, bits, a, [r](twin::Op& op, int64_t at) { return twin::load_one<T>(op, r + at); }, count);
 }
 
 }  // namespace AscendC

@@ -60,8 +60,10 @@ void add_bursts(const Ref& to, const Ref& from, const Bursts& b, const char* nam
         T sum;
         std::memcpy(&sum, find_buffer(at.addr, ignored)->data + ignored, sizeof(T));
         const T x = load_one<T>(op, from + (i * b.from_step + j));
-        if constexpr (std::is_integral_v<T> || std::is_same_v<T, float>) sum = T(sum + x);
-        else sum = T(float(sum) + float(x));
+        if constexpr (std::is_integral_v<T> || std::is_same_v<T, float>)
+          sum = T(sum + x);
+        else
+          sum = T(float(sum) + float(x));
         int64_t at_byte = 0;
         std::memcpy(find_buffer(at.addr, at_byte)->data + at_byte, &sum, sizeof(T));
         std::memset(op.known(at), 1, sizeof(T));
@@ -139,8 +141,7 @@ template <class T>
 void DataCopy(const LocalTensor<T>& dst, const GlobalTensor<T>& src, const Nd2NzParams& p) {
   twin::aligned(dst.ref(), 32, "DataCopy ND to NZ");
   const twin::Ref to = dst.ref(), from = src.ref();
-  if (to.mem != twin::kL1)
-    throw twin::Finding("path", "DataCopy ND to NZ: only from GM to L1");
+  if (to.mem != twin::kL1) throw twin::Finding("path", "DataCopy ND to NZ: only from GM to L1");
   const int64_t row = p.dValue * int64_t(sizeof(T)), full = (row + 31) / 32;
   twin::core().stats.bytes[twin::kGmToL1] += p.ndNum * p.nValue * row;
   twin::core().issue(twin::kMTE2, "DataCopy ND to NZ", [=](twin::Op& op) {

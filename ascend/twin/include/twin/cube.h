@@ -29,8 +29,10 @@ void decode(const uint8_t* p, int64_t n, float* f, int32_t* i) {
     } else {
       T x;
       std::memcpy(&x, p + j * int64_t(sizeof(T)), sizeof(T));
-      if constexpr (kFloat<T>) f[j] = float(x);
-      else i[j] = int32_t(x);
+      if constexpr (kFloat<T>)
+        f[j] = float(x);
+      else
+        i[j] = int32_t(x);
     }
   }
 }
@@ -81,7 +83,8 @@ void multiply(Op& op, const Ref& c, const Ref* bias, const Matrix<T>& a, const M
         known &= op.known(from)[0];
       }
       if constexpr (kFloat<T>) {
-        for (int64_t k = 0; k < a.k; ++k) sum += a.f[size_t(m * a.k + k)] * b.f[size_t(n * b.k + k)];
+        for (int64_t k = 0; k < a.k; ++k)
+          sum += a.f[size_t(m * a.k + k)] * b.f[size_t(n * b.k + k)];
       } else {
         const int32_t *x = &a.i[size_t(m * a.k)], *y = &b.i[size_t(n * b.k)];
         int32_t s = 0;
@@ -181,7 +184,8 @@ void MmadImpl(const LocalTensor<C>& c, const LocalTensor<A>& a, const LocalTenso
     twin::core().issue(twin::kM, "Mmad", [=](twin::Op& op) {
       std::vector<int64_t> rows_a, rows_b;
       // m == 1 is a product with a vector: A is 1 x K, contiguous, not a row of a fractal
-      for (int64_t i = 0; i < m; ++i) rows_a.push_back(m == 1 ? 0 : i / 16 * kb * 512 + i % 16 * 32);
+      for (int64_t i = 0; i < m; ++i)
+        rows_a.push_back(m == 1 ? 0 : i / 16 * kb * 512 + i % 16 * 32);
       const int64_t n_all = (n + 15) / 16;
       for (int64_t i = 0; i < n; ++i) rows_b.push_back(i / 16 * 512 + i % 16 * 32);
       twin::Matrix<A> x;

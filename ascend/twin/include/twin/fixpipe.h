@@ -21,11 +21,14 @@ inline int8_t saturate_s8(float x) {
 // One element of type S out of L0C as a T, by mode; `scale` is used by the modes that scale.
 template <class T, class S>
 T fixpipe_convert(S x, QuantMode_t mode, float scale) {
-  if constexpr (std::is_same_v<T, S>) return x;
-  else if constexpr (std::is_same_v<T, bfloat16_t>) return bfloat16_t(float(x));
+  if constexpr (std::is_same_v<T, S>)
+    return x;
+  else if constexpr (std::is_same_v<T, bfloat16_t>)
+    return bfloat16_t(float(x));
   else if constexpr (std::is_same_v<T, half>)
     return mode == F322F16 ? half(float(x)) : half(float(x) * scale);
-  else return T(saturate_s8(float(x) * scale));
+  else
+    return T(saturate_s8(float(x) * scale));
 }
 
 template <class T, class S>
@@ -73,9 +76,9 @@ void fixpipe(const Ref& to, const Ref& from, const Ref* scales, bool rows,
         const S x = load_one<S>(op, from + ((n / 16 * p.srcStride + m) * 16 + n % 16) * 4);
         T y = fixpipe_convert<T, S>(x, p.quantPre, scale);
         if (p.reluEn && float(y) < 0) y = T(0.f);
-        const int64_t at = rows ? (m * int64_t(p.dstStride) + n) * int64_t(sizeof(T))
-                                : n / 16 * int64_t(p.dstStride) * 32 +
-                                      (m * 16 + n % 16) * int64_t(sizeof(T));
+        const int64_t at =
+            rows ? (m * int64_t(p.dstStride) + n) * int64_t(sizeof(T))
+                 : n / 16 * int64_t(p.dstStride) * 32 + (m * 16 + n % 16) * int64_t(sizeof(T));
         store_one<T>(op, to + at, y);
       }
     }

@@ -40,8 +40,8 @@ inline void check_repeats(int64_t repeats) {
 inline Lanes mask_lanes(int64_t mask, int64_t repeats, int64_t per_repeat) {
   check_repeats(repeats);
   if (mask < 1 || mask > per_repeat)
-    throw Finding("field", "mask " + std::to_string(mask) + " is not in 1.." +
-                               std::to_string(per_repeat));
+    throw Finding("field",
+                  "mask " + std::to_string(mask) + " is not in 1.." + std::to_string(per_repeat));
   const auto on = first_lanes(mask);
   return {repeats, per_repeat, on, on};
 }

@@ -160,7 +160,7 @@ class Core {
   const bool aic;
   Stats stats;
   std::array<Space, kLocal> mem;
-  std::array<int64_t, kLocal> used{};       // by TPipe
+  std::array<int64_t, kLocal> used{};        // by TPipe
   std::vector<std::shared_ptr<Slot>> slots;  // of all queues
   int buffers = 0;
   std::map<int, int> events;  // pipe pair -> bits of the ids that are allocated

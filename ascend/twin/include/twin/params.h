@@ -157,8 +157,10 @@ struct UnaryRepeatParams {
   U8 dstRepStride = 8, srcRepStride = 8;
   UnaryRepeatParams() = default;
   UnaryRepeatParams(int64_t dst_blk, int64_t src_blk, int64_t dst_rep, int64_t src_rep)
-      : dstBlkStride(dst_blk), srcBlkStride(src_blk), dstRepStride(dst_rep), srcRepStride(src_rep) {
-  }
+      : dstBlkStride(dst_blk),
+        srcBlkStride(src_blk),
+        dstRepStride(dst_rep),
+        srcRepStride(src_rep) {}
 };
 
 struct BinaryRepeatParams {

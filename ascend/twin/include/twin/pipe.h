@@ -31,7 +31,7 @@ inline Ends ends_of(AscendC::TPosition p) {
 }
 
 inline const char* position_name(AscendC::TPosition p) {
-  static const char* const kNames[] = {"GM", "A1",  "A2",  "B1",    "B2",     "C1",      "C2",
+  static const char* const kNames[] = {"GM",  "A1",  "A2",    "B1",     "B2",      "C1",       "C2",
                                        "CO1", "CO2", "VECIN", "VECOUT", "VECCALC", "C2PIPE2GM"};
   return kNames[int(p)];
 }
@@ -42,8 +42,8 @@ inline Ref take(AscendC::TPosition p, int64_t bytes) {
   const int mem = mem_of(p);
   const int64_t start = c.used[size_t(mem)], n = (bytes + 31) / 32 * 32;
   if (c.aic != (mem != kUB))
-    throw Finding("path", std::string("a buffer in ") + mem_name(mem) + " on an " +
-                              (c.aic ? "AIC" : "AIV"));
+    throw Finding(
+        "path", std::string("a buffer in ") + mem_name(mem) + " on an " + (c.aic ? "AIC" : "AIV"));
   if (bytes <= 0 || start + n > mem_bytes(mem))
     throw Finding("capacity", std::string(mem_name(mem)) + " has " +
                                   std::to_string(mem_bytes(mem)) + " bytes, of which " +
@@ -178,19 +178,45 @@ class TBuf {
 };
 
 enum class HardEvent {
-  MTE2_MTE1, MTE1_MTE2, MTE2_V, V_MTE2, MTE3_V, V_MTE3, MTE1_M, M_MTE1, M_FIX, FIX_M, V_V, S_V,
-  V_S, MTE3_MTE2, MTE2_MTE3, S_MTE2, MTE2_S, S_MTE3, MTE3_S, M_S, S_M, FIX_S, S_FIX, MTE2_M,
-  M_MTE2, FIX_MTE2, MTE2_FIX, MTE1_FIX, FIX_MTE1,
+  MTE2_MTE1,
+  MTE1_MTE2,
+  MTE2_V,
+  V_MTE2,
+  MTE3_V,
+  V_MTE3,
+  MTE1_M,
+  M_MTE1,
+  M_FIX,
+  FIX_M,
+  V_V,
+  S_V,
+  V_S,
+  MTE3_MTE2,
+  MTE2_MTE3,
+  S_MTE2,
+  MTE2_S,
+  S_MTE3,
+  MTE3_S,
+  M_S,
+  S_M,
+  FIX_S,
+  S_FIX,
+  MTE2_M,
+  M_MTE2,
+  FIX_MTE2,
+  MTE2_FIX,
+  MTE1_FIX,
+  FIX_MTE1,
 };
 
 inline twin::Ends pipes_of(HardEvent e) {
   using namespace twin;
   static constexpr Ends kEnds[] = {
-      {kMTE2, kMTE1}, {kMTE1, kMTE2}, {kMTE2, kV},    {kV, kMTE2},    {kMTE3, kV},   {kV, kMTE3},
-      {kMTE1, kM},    {kM, kMTE1},    {kM, kFIX},     {kFIX, kM},     {kV, kV},      {kS, kV},
-      {kV, kS},       {kMTE3, kMTE2}, {kMTE2, kMTE3}, {kS, kMTE2},    {kMTE2, kS},   {kS, kMTE3},
-      {kMTE3, kS},    {kM, kS},       {kS, kM},       {kFIX, kS},     {kS, kFIX},    {kMTE2, kM},
-      {kM, kMTE2},    {kFIX, kMTE2},  {kMTE2, kFIX},  {kMTE1, kFIX},  {kFIX, kMTE1}};
+      {kMTE2, kMTE1}, {kMTE1, kMTE2}, {kMTE2, kV},    {kV, kMTE2},   {kMTE3, kV},  {kV, kMTE3},
+      {kMTE1, kM},    {kM, kMTE1},    {kM, kFIX},     {kFIX, kM},    {kV, kV},     {kS, kV},
+      {kV, kS},       {kMTE3, kMTE2}, {kMTE2, kMTE3}, {kS, kMTE2},   {kMTE2, kS},  {kS, kMTE3},
+      {kMTE3, kS},    {kM, kS},       {kS, kM},       {kFIX, kS},    {kS, kFIX},   {kMTE2, kM},
+      {kM, kMTE2},    {kFIX, kMTE2},  {kMTE2, kFIX},  {kMTE1, kFIX}, {kFIX, kMTE1}};
   return kEnds[int(e)];
 }
 

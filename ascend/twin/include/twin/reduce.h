@@ -150,8 +150,8 @@ void BlockReduceSum(const LocalTensor<T>& d, const LocalTensor<T>& x, twin::U8 r
 }
 
 template <class T>
-void PairReduceSum(const LocalTensor<T>& d, const LocalTensor<T>& x, twin::U8 repeats,
-                   int32_t mask, twin::U16 dst_rep, twin::U16 src_blk, twin::U8 src_rep) {
+void PairReduceSum(const LocalTensor<T>& d, const LocalTensor<T>& x, twin::U8 repeats, int32_t mask,
+                   twin::U16 dst_rep, twin::U16 src_blk, twin::U8 src_rep) {
   twin::block_reduce<T>("PairReduceSum", d, {x.ref(), src_blk, src_rep},
                         twin::lanes_for<T>(uint64_t(mask), repeats), dst_rep, 2,
                         [](const std::vector<T>& v) { return twin::tree_sum(v); });

@@ -57,9 +57,10 @@ void SyncAll() {
 
 inline void CheckKernelType(KernelMetaType type) {
   const twin::Kind kind = twin::launched_kind();
-  const bool ok = type == KERNEL_TYPE_MIX_AIC_1_2                                 ? kind == twin::Kind::kMix
-                  : type == KERNEL_TYPE_AIV_ONLY || type == KERNEL_TYPE_MIX_AIV_1_0 ? kind == twin::Kind::kVector
-                                                                                    : kind == twin::Kind::kCube;
+  const bool ok = type == KERNEL_TYPE_MIX_AIC_1_2 ? kind == twin::Kind::kMix
+                  : type == KERNEL_TYPE_AIV_ONLY || type == KERNEL_TYPE_MIX_AIV_1_0
+                      ? kind == twin::Kind::kVector
+                      : kind == twin::Kind::kCube;
   if (!ok) throw twin::Finding("type", "the kernel is of another type than it was launched as");
 }
 

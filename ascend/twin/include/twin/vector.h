@@ -37,11 +37,25 @@ template <class T, class F>
 T exact_or_rounded(Op& op, T a, T b, F f) {
   if constexpr (std::is_integral_v<T>) {
     const int64_t r = f(int64_t(a), int64_t(b));
-    if (r != int64_t(T(r))) op.fail("overflow", "the result " + std::to_string(r) + " does not fit");
+    if (r != int64_t(T(r)))
+      op.fail("overflow", "the result " + std::to_string(r) + " does not fit");
     return T(r);
   } else {
     return T(f(float(a), float(b)));
   }
+}
+
+template <class T>
+T sum(Op& op, T a, T b) {
+  return exact_or_rounded(op, a, b, [](auto x, auto y) { return x + y; });
+}
+template <class T>
+T difference(Op& op, T a, T b) {
+  return exact_or_rounded(op, a, b, [](auto x, auto y) { return x - y; });
+}
+template <class T>
+T product(Op& op, T a, T b) {
+  return exact_or_rounded(op, a, b, [](auto x, auto y) { return x * y; });
 }
 
 template <class T>
@@ -53,96 +67,89 @@ Lanes lanes_for(uint64_t mask, int64_t repeats) {
   return mask_lanes(int64_t(mask), repeats, lanes_of(kBits<T>));
 }
 
-struct Take {  // wraps a functor of values into one of lanes
-  template <class F>
-  static auto values(F f) {
-    return [f](Op&, auto... x) { return f(x...); };
-  }
-};
-
 }  // namespace twin
 
 // A binary instruction NAME: `CHECK`<T> of its type, `EXPR` over op, a and b of type T.
-#define TWIN_BINARY(NAME, CHECK, EXPR)                                                            \
-  template <class T>                                                                              \
-  void NAME##On(const LocalTensor<T>& d, const LocalTensor<T>& x, const LocalTensor<T>& y,        \
-                const twin::Lanes& l, const BinaryRepeatParams& p) {                              \
-    twin::CHECK<T>(#NAME);                                                                        \
-    twin::map_lanes(#NAME, twin::Operand<T>{d.ref(), p.dstBlkStride, p.dstRepStride},             \
-                    twin::Operand<T>{x.ref(), p.src0BlkStride, p.src0RepStride},                  \
-                    twin::Operand<T>{y.ref(), p.src1BlkStride, p.src1RepStride}, l,               \
-                    [](twin::Op & op, T a, T b) -> T {                                            \
-                      (void)op;                                                                   \
-                      return EXPR;                                                                \
-                    });                                                                           \
-  }                                                                                               \
-  template <class T>                                                                              \
-  void NAME(const LocalTensor<T>& d, const LocalTensor<T>& x, const LocalTensor<T>& y,            \
-            int32_t count) {                                                                      \
-    NAME##On(d, x, y, twin::count_lanes(count, twin::lanes_of(twin::kBits<T>)), {});              \
-  }                                                                                               \
-  template <class T, bool kSetMask = true>                                                        \
-  void NAME(const LocalTensor<T>& d, const LocalTensor<T>& x, const LocalTensor<T>& y,            \
-            uint64_t mask, twin::U8 repeats, const BinaryRepeatParams& p) {                       \
-    NAME##On(d, x, y,                                                                             \
-             kSetMask ? twin::lanes_for<T>(mask, repeats)                                         \
-                      : twin::state_lanes(repeats, twin::lanes_of(twin::kBits<T>)),               \
-             p);                                                                                  \
-  }                                                                                               \
-  template <class T, bool kSetMask = true>                                                        \
-  void NAME(const LocalTensor<T>& d, const LocalTensor<T>& x, const LocalTensor<T>& y,            \
-            uint64_t mask[], twin::U8 repeats, const BinaryRepeatParams& p) {                     \
-    NAME##On(d, x, y, twin::lanes_for<T>(mask, repeats), p);                                      \
+#define TWIN_BINARY(NAME, CHECK, EXPR)                                                     \
+  template <class T>                                                                       \
+  void NAME##On(const LocalTensor<T>& d, const LocalTensor<T>& x, const LocalTensor<T>& y, \
+                const twin::Lanes& l, const BinaryRepeatParams& p) {                       \
+    twin::CHECK<T>(#NAME);                                                                 \
+    twin::map_lanes(#NAME, twin::Operand<T>{d.ref(), p.dstBlkStride, p.dstRepStride},      \
+                    twin::Operand<T>{x.ref(), p.src0BlkStride, p.src0RepStride},           \
+                    twin::Operand<T>{y.ref(), p.src1BlkStride, p.src1RepStride}, l,        \
+                    [](twin::Op& op, T a, T b) -> T {                                      \
+                      (void)op;                                                            \
+                      return EXPR;                                                         \
+                    });                                                                    \
+  }                                                                                        \
+  template <class T>                                                                       \
+  void NAME(const LocalTensor<T>& d, const LocalTensor<T>& x, const LocalTensor<T>& y,     \
+            int32_t count) {                                                               \
+    NAME##On(d, x, y, twin::count_lanes(count, twin::lanes_of(twin::kBits<T>)), {});       \
+  }                                                                                        \
+  template <class T, bool kSetMask = true>                                                 \
+  void NAME(const LocalTensor<T>& d, const LocalTensor<T>& x, const LocalTensor<T>& y,     \
+            uint64_t mask, twin::U8 repeats, const BinaryRepeatParams& p) {                \
+    NAME##On(d, x, y,                                                                      \
+             kSetMask ? twin::lanes_for<T>(mask, repeats)                                  \
+                      : twin::state_lanes(repeats, twin::lanes_of(twin::kBits<T>)),        \
+             p);                                                                           \
+  }                                                                                        \
+  template <class T, bool kSetMask = true>                                                 \
+  void NAME(const LocalTensor<T>& d, const LocalTensor<T>& x, const LocalTensor<T>& y,     \
+            uint64_t mask[], twin::U8 repeats, const BinaryRepeatParams& p) {              \
+    NAME##On(d, x, y, twin::lanes_for<T>(mask, repeats), p);                               \
   }
 
 // A unary instruction; with TWIN_SCALAR one with a scalar operand `s` of type T.
-#define TWIN_UNARY(NAME, CHECK, EXPR)                                                             \
-  template <class T>                                                                              \
-  void NAME##On(const LocalTensor<T>& d, const LocalTensor<T>& x, const twin::Lanes& l,           \
-                const UnaryRepeatParams& p) {                                                     \
-    twin::CHECK<T>(#NAME);                                                                        \
-    twin::map_lanes(#NAME, twin::Operand<T>{d.ref(), p.dstBlkStride, p.dstRepStride},             \
-                    twin::Operand<T>{x.ref(), p.srcBlkStride, p.srcRepStride}, l,                 \
-                    [](twin::Op&, T a) -> T { return EXPR; });                                    \
-  }                                                                                               \
-  template <class T>                                                                              \
-  void NAME(const LocalTensor<T>& d, const LocalTensor<T>& x, int32_t count) {                    \
-    NAME##On(d, x, twin::count_lanes(count, twin::lanes_of(twin::kBits<T>)), {});                 \
-  }                                                                                               \
-  template <class T, bool kSetMask = true>                                                        \
-  void NAME(const LocalTensor<T>& d, const LocalTensor<T>& x, uint64_t mask, twin::U8 repeats,    \
-            const UnaryRepeatParams& p) {                                                         \
-    NAME##On(d, x, twin::lanes_for<T>(mask, repeats), p);                                         \
+#define TWIN_UNARY(NAME, CHECK, EXPR)                                                          \
+  template <class T>                                                                           \
+  void NAME##On(const LocalTensor<T>& d, const LocalTensor<T>& x, const twin::Lanes& l,        \
+                const UnaryRepeatParams& p) {                                                  \
+    twin::CHECK<T>(#NAME);                                                                     \
+    twin::map_lanes(#NAME, twin::Operand<T>{d.ref(), p.dstBlkStride, p.dstRepStride},          \
+                    twin::Operand<T>{x.ref(), p.srcBlkStride, p.srcRepStride}, l,              \
+                    [](twin::Op&, T a) -> T { return EXPR; });                                 \
+  }                                                                                            \
+  template <class T>                                                                           \
+  void NAME(const LocalTensor<T>& d, const LocalTensor<T>& x, int32_t count) {                 \
+    NAME##On(d, x, twin::count_lanes(count, twin::lanes_of(twin::kBits<T>)), {});              \
+  }                                                                                            \
+  template <class T, bool kSetMask = true>                                                     \
+  void NAME(const LocalTensor<T>& d, const LocalTensor<T>& x, uint64_t mask, twin::U8 repeats, \
+            const UnaryRepeatParams& p) {                                                      \
+    NAME##On(d, x, twin::lanes_for<T>(mask, repeats), p);                                      \
   }
 
-#define TWIN_SCALAR(NAME, CHECK, EXPR)                                                            \
-  template <class T>                                                                              \
-  void NAME##On(const LocalTensor<T>& d, const LocalTensor<T>& x, T s, const twin::Lanes& l,      \
-                const UnaryRepeatParams& p) {                                                     \
-    twin::CHECK<T>(#NAME);                                                                        \
-    twin::map_lanes(#NAME, twin::Operand<T>{d.ref(), p.dstBlkStride, p.dstRepStride},             \
-                    twin::Operand<T>{x.ref(), p.srcBlkStride, p.srcRepStride}, l,                 \
-                    [s](twin::Op & op, T a) -> T {                                                \
-                      (void)op;                                                                   \
-                      return EXPR;                                                                \
-                    });                                                                           \
-  }                                                                                               \
-  template <class T>                                                                              \
-  void NAME(const LocalTensor<T>& d, const LocalTensor<T>& x, const T& s, int32_t count) {        \
-    NAME##On(d, x, s, twin::count_lanes(count, twin::lanes_of(twin::kBits<T>)), {});              \
-  }                                                                                               \
-  template <class T, bool kSetMask = true>                                                        \
-  void NAME(const LocalTensor<T>& d, const LocalTensor<T>& x, const T& s, uint64_t mask,          \
-            twin::U8 repeats, const UnaryRepeatParams& p) {                                       \
-    NAME##On(d, x, s, twin::lanes_for<T>(mask, repeats), p);                                      \
+#define TWIN_SCALAR(NAME, CHECK, EXPR)                                                       \
+  template <class T>                                                                         \
+  void NAME##On(const LocalTensor<T>& d, const LocalTensor<T>& x, T s, const twin::Lanes& l, \
+                const UnaryRepeatParams& p) {                                                \
+    twin::CHECK<T>(#NAME);                                                                   \
+    twin::map_lanes(#NAME, twin::Operand<T>{d.ref(), p.dstBlkStride, p.dstRepStride},        \
+                    twin::Operand<T>{x.ref(), p.srcBlkStride, p.srcRepStride}, l,            \
+                    [s](twin::Op& op, T a) -> T {                                            \
+                      (void)op;                                                              \
+                      return EXPR;                                                           \
+                    });                                                                      \
+  }                                                                                          \
+  template <class T>                                                                         \
+  void NAME(const LocalTensor<T>& d, const LocalTensor<T>& x, const T& s, int32_t count) {   \
+    NAME##On(d, x, s, twin::count_lanes(count, twin::lanes_of(twin::kBits<T>)), {});         \
+  }                                                                                          \
+  template <class T, bool kSetMask = true>                                                   \
+  void NAME(const LocalTensor<T>& d, const LocalTensor<T>& x, const T& s, uint64_t mask,     \
+            twin::U8 repeats, const UnaryRepeatParams& p) {                                  \
+    NAME##On(d, x, s, twin::lanes_for<T>(mask, repeats), p);                                 \
   }
 
 namespace AscendC {
 
 // clang-format off
-TWIN_BINARY(Add, arithmetic_type, twin::exact_or_rounded(op, a, b, [](auto x, auto y) { return x + y; }))
-TWIN_BINARY(Sub, arithmetic_type, twin::exact_or_rounded(op, a, b, [](auto x, auto y) { return x - y; }))
-TWIN_BINARY(Mul, arithmetic_type, twin::exact_or_rounded(op, a, b, [](auto x, auto y) { return x * y; }))
+TWIN_BINARY(Add, arithmetic_type, twin::sum(op, a, b))
+TWIN_BINARY(Sub, arithmetic_type, twin::difference(op, a, b))
+TWIN_BINARY(Mul, arithmetic_type, twin::product(op, a, b))
 TWIN_BINARY(Div, float_type, T(float(a) / float(b)))
 TWIN_BINARY(Max, arithmetic_type, a < b ? b : a)
 TWIN_BINARY(Min, arithmetic_type, b < a ? b : a)
@@ -158,8 +165,8 @@ TWIN_UNARY(Rsqrt, float_type, T(1.f / std::sqrt(float(a))))
 TWIN_UNARY(Reciprocal, float_type, T(1.f / float(a)))
 TWIN_UNARY(Relu, arithmetic_type, a < T(0) ? T(0) : a)
 
-TWIN_SCALAR(Adds, arithmetic_type, twin::exact_or_rounded(op, a, s, [](auto x, auto y) { return x + y; }))
-TWIN_SCALAR(Muls, arithmetic_type, twin::exact_or_rounded(op, a, s, [](auto x, auto y) { return x * y; }))
+TWIN_SCALAR(Adds, arithmetic_type, twin::sum(op, a, s))
+TWIN_SCALAR(Muls, arithmetic_type, twin::product(op, a, s))
 TWIN_SCALAR(Maxs, arithmetic_type, a < s ? s : a)
 TWIN_SCALAR(Mins, arithmetic_type, s < a ? s : a)
 TWIN_SCALAR(ShiftLeft, shift_type, T(std::make_unsigned_t<T>(a) << int(s)))
