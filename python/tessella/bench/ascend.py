@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-import tessella
+from tessella import _native
 from tessella.bench import BenchError
 from tessella.bench.predict import Gemm
 
@@ -99,7 +99,7 @@ def library() -> Path:
     Raises BenchError where it is not.
     """
     asked = os.environ.get("TESSELLA_ASCEND_TWIN")
-    path = Path(asked) if asked else Path(tessella.__file__).with_name("_ascend_twin.so")
+    path = Path(asked) if asked else Path(_native.__file__).with_name("_ascend_twin.so")
     if not path.is_file():
         where = f"TESSELLA_ASCEND_TWIN={asked} is no file" if asked else "this build is without it"
         raise BenchError(
