@@ -74,9 +74,11 @@ class GemmCube {
       nz.ndNum = 1;
       nz.nValue = unit.tokens;
       nz.dValue = 128;
+      nz.srcNdMatrixStride = 0;
       nz.srcDValue = 128;
       nz.dstNzC0Stride = t.rows;
       nz.dstNzNStride = 1;
+      nz.dstNzMatrixStride = 0;
       for (int32_t i = 0; i < blocks; ++i) {
         const int64_t token = int64_t(block + i) * t.M + unit.m_tile * t.tokens;
         DataCopy(a[i * t.rows * 128], codes_[token * 128], nz);
