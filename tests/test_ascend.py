@@ -134,7 +134,7 @@ def test_act_quant_gives_the_codes_of_the_reference(M, K, k8, granularity, dtype
         x[3] = 1e-7 if dtype == torch.float16 else 1e-38
     want = ref_quant.act_quant(x, k8, granularity)
     for seed in SEEDS:
-        got = ops().act_quant(x, k8, granularity, CORES, seed)
+        got = ops().act_quant(x, k8, granularity, None, CORES, seed)
         for y, name in zip(got, ("codes8", "codes4", "sums", "scales")):
             expected = getattr(want, name)
             assert y.dtype == expected.dtype and y.shape == expected.shape
@@ -143,17 +143,36 @@ def test_act_quant_gives_the_codes_of_the_reference(M, K, k8, granularity, dtype
             assert torch.equal(y[~nan], expected[~nan]), name
 
 
+@pytest.mark.parametrize("K, k8", [(1, -1), (127, 0), (300, 128), (9000, 4224)])
+def test_act_quant_permutes_channels(K, k8, rng):
+    x = random_activations(5, K, torch.bfloat16, rng)
+    perm = torch.randperm(K, generator=rng).int()
+    want = ref_quant.act_quant(x, k8, "block", perm)
+    for seed in SEEDS:
+        got = ops().act_quant(x, k8, "block", perm, CORES, seed)
+        for y, name in zip(got, ("codes8", "codes4", "sums", "scales")):
+            assert torch.equal(y, getattr(want, name)), name
+
+
+def test_act_quant_permutes_no_longer_than_its_buffer():
+    x, perm = torch.zeros(1, 45057, dtype=torch.bfloat16), torch.arange(45057).int()
+    with pytest.raises(RuntimeError, match="none for more than 45056 channels on ascend"):
+        ops().act_quant(x, -1, "token", perm, 1, -1)
+    longest = ops().act_quant(x[:, 1:].contiguous(), -1, "token", perm[:-1].contiguous(), 1, -1)
+    assert longest[0].shape == (352, 1, 128)
+
+
 def test_act_quant_takes_any_stride_of_tokens(rng):
     x = random_activations(6, 300, torch.bfloat16, rng)[::2, :200]
     want = ref_quant.act_quant(x)
-    assert torch.equal(ops().act_quant(x, -1, "token", CORES, -1)[0], want.codes8)
+    assert torch.equal(ops().act_quant(x, -1, "token", None, CORES, -1)[0], want.codes8)
 
 
 def test_quantise_then_multiply(rng):
     """The two kernels in a row, as a layer runs them."""
     x = random_activations(33, 300, torch.bfloat16, rng)
     w = random_weight("twolevel", 100, 300, rng)
-    a = type(ref_quant.act_quant(x))(*ops().act_quant(x, -1, "token", CORES, -1), "token")
+    a = type(ref_quant.act_quant(x))(*ops().act_quant(x, -1, "token", None, CORES, -1), "token")
     assert_gemm_close(gemm(a, w), ref_gemm.w4ax_gemm(ref_quant.act_quant(x), w))
 
 
@@ -161,7 +180,7 @@ def test_no_tokens(rng):
     a, w = case(0, 70, 256, "channel", -1, "token", rng)
     assert gemm(a, w).shape == (0, 70)
     x = torch.empty(0, 256, dtype=torch.bfloat16)
-    assert ops().act_quant(x, -1, "token", 1, -1)[0].shape == (2, 0, 128)
+    assert ops().act_quant(x, -1, "token", None, 1, -1)[0].shape == (2, 0, 128)
 
 
 def pack_by_the_drawing(w: W4Weight) -> torch.Tensor:
@@ -223,4 +242,4 @@ def test_schemes_and_mixtures_that_the_kernel_does_not_take(rng):
     with pytest.raises(RuntimeError, match="activations of one precision on ascend, got K8=128"):
         gemm(a, w)
     with pytest.raises(RuntimeError, match="expected bfloat16 or float16 on ascend"):
-        ops().act_quant(torch.zeros(2, 128), -1, "token", 1, -1)
+        ops().act_quant(torch.zeros(2, 128), -1, "token", None, 1, -1)

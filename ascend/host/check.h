@@ -20,6 +20,14 @@ inline GemmScheme check_scheme(const char* op, const layout::W4Panel& panel,
                                           : kTwoLevel;
 }
 
+// The longest token that act_quant can permute.
+inline void check_perm_k(const char* op, int64_t K) {
+  if (K > kQuantMostPermK)
+    refuse(Arg{op, "perm"},
+           "none for more than " + std::to_string(kQuantMostPermK) + " channels on ascend",
+           "K=" + std::to_string(K));
+}
+
 // From checked parameters; `mode` is empty for the planner's choice.
 inline GemmProblem gemm_problem(const char* op, const w4ax_gemm::Params& p,
                                 const std::string& scheme, int64_t cores, const std::string& mode) {

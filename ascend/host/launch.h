@@ -16,7 +16,7 @@ struct GemmCall {
 
 struct QuantCall {
   QuantProblem problem;
-  const void* x;
+  const void *x, *perm;
   void *codes8, *codes4, *sums, *scales;
 };
 

@@ -30,9 +30,9 @@ void npu_gemm(const GemmCall& c, int32_t cores, void* workspace, void* tiling, v
 }
 
 void npu_quant(const QuantCall& c, int32_t cores, void* tiling, void* stream) {
-  check("act_quant",
-        ACLRT_LAUNCH_KERNEL(tessella_act_quant)(uint32_t(cores), stream, const_cast<void*>(c.x),
-                                                c.codes8, c.codes4, c.sums, c.scales, tiling));
+  check("act_quant", ACLRT_LAUNCH_KERNEL(tessella_act_quant)(
+                         uint32_t(cores), stream, const_cast<void*>(c.x), c.codes8, c.codes4,
+                         c.sums, c.scales, const_cast<void*>(c.perm), tiling));
 }
 
 }  // namespace tessella::ascend

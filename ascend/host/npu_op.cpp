@@ -115,6 +115,7 @@ static void gemm_into(const char* op, const Tensor& codes8, const Tensor& codes4
   // the tensors are captured, so that their memory lives until the queue has launched the kernel
   const auto stream = c10_npu::getCurrentNPUStream().stream(false);
   at_npu::native::OpCommand::RunOpApi("tessella_w4ax_gemm", [=]() -> int {
+    (void)codes8, (void)codes4, (void)sums, (void)scales, (void)w, (void)bias, (void)out;
     npu_gemm(call, t.cores, space.data_ptr(), tiling.data_ptr(), stream);
     return 0;
   });
@@ -140,7 +141,7 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor> quant(const Tensor& x, int64_t
                                                         std::string granularity,
                                                         const std::optional<Tensor>& perm) {
   const char* op = "act_quant";
-  if (perm) refuse(op, "perm", "none on ascend", "a permutation");
+
   TORCH_CHECK(x.dim() == 2 && x.size(1) > 0 && x.stride(1) == 1,
               "tessella::act_quant: x: expected [M, K] with unit stride along K, got ", x.sizes());
   QuantCall call{};
@@ -148,6 +149,14 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor> quant(const Tensor& x, int64_t
   p.dtype = check_dtype(op, "x", x.scalar_type());
   p.M = x.size(0);
   p.K = x.size(1);
+  if (perm) {
+    check_tensor(op, "perm", *perm, at::kInt, {p.K}, x);
+    if (p.K > kQuantMostPermK)
+      refuse(op, "perm", "none for more than " + std::to_string(kQuantMostPermK) + " channels",
+             "K=" + std::to_string(p.K));
+    p.has_perm = true;
+    call.perm = perm->data_ptr();
+  }
   const int64_t B = (p.K + 127) / 128;
   p.K8 = k8 < 0 ? B * 128 : k8;
   if (p.K8 > B * 128 || p.K8 % 128 != 0)
@@ -180,6 +189,7 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor> quant(const Tensor& x, int64_t
   call.scales = scales.data_ptr();
   const auto stream = c10_npu::getCurrentNPUStream().stream(false);
   at_npu::native::OpCommand::RunOpApi("tessella_act_quant", [=]() -> int {
+    (void)x, (void)perm, (void)codes8, (void)codes4, (void)sums, (void)scales;  // kept alive
     npu_quant(call, t.cores, tiling.data_ptr(), stream);
     return 0;
   });

@@ -8,7 +8,7 @@ extern "C" void tessella_w4ax_gemm(uint8_t* codes8, uint8_t* codes4, uint8_t* su
                                    uint8_t* w, uint8_t* bias, uint8_t* out, uint8_t* workspace,
                                    uint8_t* tiling);
 extern "C" void tessella_act_quant(uint8_t* x, uint8_t* codes8, uint8_t* codes4, uint8_t* sums,
-                                   uint8_t* scales, uint8_t* tiling);
+                                   uint8_t* scales, uint8_t* perm, uint8_t* tiling);
 
 namespace tessella::ascend {
 
@@ -92,9 +92,10 @@ std::string twin_quant(const QuantCall& call, const TwinOptions& options,
   uint8_t* codes4 = a.add(call.codes4, (t.blocks - t.blocks8) * p.M * 64, false);
   uint8_t* sums = a.add(call.sums, t.blocks * p.M * 4, false);
   uint8_t* scales = a.add(call.scales, p.scale_rows * p.M * 4, false);
+  uint8_t* perm = a.add(call.perm, p.has_perm ? p.K * 4 : 0, true);
   uint8_t* tiling = a.plan(plan);
   return run(twin::Kind::kVector, t.cores, options, a, counts,
-             [=] { tessella_act_quant(x, codes8, codes4, sums, scales, tiling); });
+             [=] { tessella_act_quant(x, codes8, codes4, sums, scales, perm, tiling); });
 }
 
 }  // namespace tessella::ascend

@@ -42,6 +42,7 @@ static Tensor w4ax_gemm_twin(const Tensor& codes8, const Tensor& codes4, const T
 
 static std::tuple<Tensor, Tensor, Tensor, Tensor> act_quant_twin(const Tensor& x, int64_t k8,
                                                                  const std::string& granularity,
+                                                                 const std::optional<Tensor>& perm,
                                                                  int64_t cores, int64_t seed) {
   const char* op = "act_quant";
   const Granularity g = check_granularity(op, granularity);
@@ -62,6 +63,12 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor> act_quant_twin(const Tensor& x
   p.scale_rows = scale_rows(g, B);
   p.stride = p.M > 1 ? x.stride(0) : p.K;
   p.cores = int32_t(cores);
+  if (perm.has_value()) {
+    check_tensor(Arg{op, "perm"}, *perm, ScalarType::Int, {p.K}, x);
+    check_perm_k(op, p.K);
+    p.has_perm = true;
+    call.perm = perm->const_data_ptr<int32_t>();
+  }
   const int64_t B8 = p.K8 / 128;
   Tensor codes8 = make(x, {B8, p.M, 128}, ScalarType::Char);
   Tensor codes4 = make(x, {B - B8, p.M, 64}, ScalarType::Byte);
@@ -154,7 +161,7 @@ STABLE_TORCH_LIBRARY(tessella_ascend, m) {
       " int N, str granularity, Tensor? bias, ScalarType dtype, int cores, str mode, int seed)"
       " -> Tensor");
   m.def(
-      "act_quant(Tensor x, int k8, str granularity, int cores, int seed)"
+      "act_quant(Tensor x, int k8, str granularity, Tensor? perm, int cores, int seed)"
       " -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "w4_pack(Tensor codes, Tensor channel_scales, Tensor group_scales, Tensor zeros,"

@@ -3,18 +3,17 @@
 //   amax = max |x| over what shares a scale;  scale = amax / qmax;  code = rne(x * (qmax / amax))
 //
 // as csrc/act_quant/params.h has it, every step one fp32 rounding. A vector core takes tokens in
-// turn; a token is in pieces of 64 blocks of 128 channels. Magnitudes are compared as bits first:
-// an infinity or a NaN becomes infinity, which is then the maximum. Codes go through int32, since
-// fp32 rounds there in one step, and through half, the only way to int8 and int4.
+// turn, a token in pieces of blocks of 128 channels; with a permutation it holds the whole token.
+// Magnitudes are compared as bits first: an infinity or a NaN becomes infinity, which is then the
+// maximum. Codes go through int32, since fp32 rounds there in one step, and through half, the only
+// way to int8 and int4.
 #include "../tiling/act_quant.h"
 #include "blocks.h"
 
 namespace tessella::ascend {
 
-constexpr int32_t kPiece = kQuantMostBlocks;
-
 struct QuantArgs {
-  GM_ADDR x, codes8, codes4, sums, scales;
+  GM_ADDR x, codes8, codes4, sums, scales, perm;
 };
 
 // Blocks of one precision.
@@ -33,16 +32,23 @@ class ActQuant {
     codes4_.SetGlobalBuffer(reinterpret_cast<__gm__ int8_t*>(args.codes4));
     sums_.SetGlobalBuffer(reinterpret_cast<__gm__ int32_t*>(args.sums));
     scales_.SetGlobalBuffer(reinterpret_cast<__gm__ float*>(args.scales));
-    pipe->InitBuffer(in_, 2, kPiece * 256);
-    pipe->InitBuffer(codes_, 2, kPiece * 128);
-    pipe->InitBuffer(small_, 2, kPiece * 64);
-    pipe->InitBuffer(x_buf_, kPiece * 512);
-    pipe->InitBuffer(work_buf_, kPiece * 512);
-    pipe->InitBuffer(int_buf_, kPiece * 512);
+    perm_.SetGlobalBuffer(reinterpret_cast<__gm__ int32_t*>(args.perm));
+    const int32_t piece = t_.piece;
+    if (t_.has_perm != 0) {
+      pipe->InitBuffer(row_, 1, CeilDiv(t_.K, 16) * 32);
+      pipe->InitBuffer(in_, 1, piece * 512);  // of the permutation
+    } else {
+      pipe->InitBuffer(in_, 2, piece * 256);
+    }
+    pipe->InitBuffer(codes_, 2, piece * 128);
+    pipe->InitBuffer(small_, 2, CeilDiv(piece, 8) * 256);
+    pipe->InitBuffer(x_buf_, piece * 512);
+    pipe->InitBuffer(work_buf_, piece * 512);
+    pipe->InitBuffer(int_buf_, piece * 512);
     pipe->InitBuffer(vectors_, 10 * 256 + 4 * 2048);
-    f_ = x_buf_.Get<float>(kPiece * 128);
-    work_ = work_buf_.Get<float>(kPiece * 128);
-    codes_int_ = int_buf_.Get<int32_t>(kPiece * 128);
+    f_ = x_buf_.Get<float>(piece * 128);
+    work_ = work_buf_.Get<float>(piece * 128);
+    codes_int_ = int_buf_.Get<int32_t>(piece * 128);
     LocalTensor<float> v = vectors_.Get<float>(640 + 2048);
     amax_ = v;
     scale_ = v[64];
@@ -64,8 +70,10 @@ class ActQuant {
     const Part eight{0, t_.blocks8, 0, true};
     const Part four{t_.blocks8, t_.blocks, t_.per_block != 0 ? 0 : t_.scale_rows - 1, false};
     for (int32_t m = GetBlockIdx(); m < t_.M; m += t_.cores) {
+      if (t_.has_perm != 0) LoadRow(m);
       Quantise(m, eight);
       Quantise(m, four);
+      if (t_.has_perm != 0) row_.FreeTensor(token_);
     }
   }
 
@@ -78,11 +86,11 @@ class ActQuant {
     }
     const float qmax = part.int8 ? 127.0f : 7.0f;
     Duplicate(qmax_, qmax, 64);
-    const bool whole = part.end - part.first <= kPiece;  // then it is read once
+    const bool whole = part.end - part.first <= t_.piece;  // then it is read once
     if (t_.per_block == 0) {
       float most = 0.0f;
-      for (int32_t b = part.first; b < part.end; b += kPiece) {
-        const int32_t n = Least(kPiece, part.end - b);
+      for (int32_t b = part.first; b < part.end; b += t_.piece) {
+        const int32_t n = Least(t_.piece, part.end - b);
         Load(m, b, n);
         Magnitudes(n);
         WholeReduceMax(inverse_, amax_, n, 1, 1, 1, 8, ReduceOrder::ORDER_ONLY_VALUE);
@@ -95,8 +103,8 @@ class ActQuant {
       Barrier();
       Scales();
     }
-    for (int32_t b = part.first; b < part.end; b += kPiece) {
-      const int32_t n = Least(kPiece, part.end - b);
+    for (int32_t b = part.first; b < part.end; b += t_.piece) {
+      const int32_t n = Least(t_.piece, part.end - b);
       if (t_.per_block != 0 || !whole) Load(m, b, n);
       if (t_.per_block != 0) {
         Magnitudes(n);
@@ -111,8 +119,43 @@ class ActQuant {
     }
   }
 
+  // A whole token, whose channels are then picked by the permutation.
+  __aicore__ inline void LoadRow(int32_t m) {
+    LocalTensor<T> row = row_.template AllocTensor<T>();
+    DataCopyPadExtParams<T> pad;
+    pad.isPad = false;
+    DataCopyPad(row, x_[int64_t(m) * t_.stride], Bytes(1, t_.K * 2, 0, 0), pad);
+    row_.EnQue(row);
+    token_ = row_.template DeQue<T>();
+  }
+
+  // As Load, of channels perm[128 b].. of the token.
+  __aicore__ inline void LoadPermuted(int32_t b, int32_t n) {
+    const int32_t channels = Least(t_.K - b * 128, n * 128);
+    LocalTensor<int32_t> perm = in_.template AllocTensor<int32_t>();
+    DataCopyPadExtParams<int32_t> pad;
+    pad.isPad = false;
+    DataCopyPad(perm, perm_[b * 128], Bytes(1, channels * 4, 0, 0), pad);
+    in_.EnQue(perm);
+    perm = in_.template DeQue<int32_t>();
+    LocalTensor<uint32_t> offsets = perm.ReinterpretCast<uint32_t>();
+    const uint32_t one = 1;
+    const uint16_t zero = 0;
+    LocalTensor<uint16_t> picked = work_.ReinterpretCast<uint16_t>();
+    Duplicate(picked, zero, n * 128);
+    ShiftLeft(offsets, offsets, one, channels);  // bytes
+    Barrier();
+    Gather(picked, token_.template ReinterpretCast<uint16_t>(), offsets, static_cast<uint32_t>(0),
+           static_cast<uint32_t>(channels));
+    Barrier();
+    Cast(f_, work_.ReinterpretCast<T>(), RoundMode::CAST_NONE, n * 128);
+    Barrier();
+    in_.FreeTensor(perm);
+  }
+
   // Blocks b.. of a token as fp32 in f_; channels past K are 0.
   __aicore__ inline void Load(int32_t m, int32_t b, int32_t n) {
+    if (t_.has_perm != 0) return LoadPermuted(b, n);
     const int32_t channels = Least(t_.K - b * 128, n * 128), whole = CeilDiv(channels, 16) * 16;
     LocalTensor<T> in = in_.template AllocTensor<T>();
     DataCopyPadExtParams<T> pad;
@@ -257,7 +300,10 @@ class ActQuant {
   GlobalTensor<int8_t> codes8_, codes4_;
   GlobalTensor<int32_t> sums_;
   GlobalTensor<float> scales_;
+  GlobalTensor<int32_t> perm_;
+  TQue<TPosition::VECIN, 1> row_;
   TQue<TPosition::VECIN, 2> in_;
+  LocalTensor<T> token_;
   TQue<TPosition::VECOUT, 2> codes_, small_;
   TBuf<TPosition::VECCALC> x_buf_, work_buf_, int_buf_, vectors_;
   LocalTensor<float> f_, work_, amax_, scale_, inverse_, qmax_, ok_, nan_, spread_;
@@ -277,7 +323,7 @@ __aicore__ inline void RunQuant(const QuantArgs& args, const QuantTiling& t) {
 }  // namespace tessella::ascend
 
 extern "C" __global__ __aicore__ void tessella_act_quant(GM_ADDR x, GM_ADDR codes8, GM_ADDR codes4,
-                                                         GM_ADDR sums, GM_ADDR scales,
+                                                         GM_ADDR sums, GM_ADDR scales, GM_ADDR perm,
                                                          GM_ADDR tiling) {
   using namespace tessella::ascend;
   KERNEL_TASK_TYPE_DEFAULT(KERNEL_TYPE_AIV_ONLY);
@@ -286,7 +332,7 @@ extern "C" __global__ __aicore__ void tessella_act_quant(GM_ADDR x, GM_ADDR code
   QuantTiling t;
   int32_t* to = reinterpret_cast<int32_t*>(&t);
   for (int32_t i = 0; i < kQuantHeader; ++i) to[i] = from.GetValue(i);
-  const QuantArgs args{x, codes8, codes4, sums, scales};
+  const QuantArgs args{x, codes8, codes4, sums, scales, perm};
   if (t.dtype == 0)
     RunQuant<bfloat16_t>(args, t);
   else

@@ -11,9 +11,12 @@ struct QuantTiling {
   int32_t dtype;                  // GemmDtype
   int32_t stride;                 // of a token, in elements
   int32_t cores;
+  int32_t has_perm;
+  int32_t piece;  // blocks of 128 channels that are on the core at a time
 };
 
 constexpr int32_t kQuantHeader = sizeof(QuantTiling) / 4;
-constexpr int32_t kQuantMostBlocks = 64;  // of 128 channels that are on the core at a time
+constexpr int32_t kQuantPiece = 64, kQuantPermPiece = 32;
+constexpr int32_t kQuantMostPermK = 45056;  // a permuted token is on the core as a whole
 
 }  // namespace tessella::ascend

@@ -123,6 +123,8 @@ std::vector<int32_t> plan_quant(const QuantProblem& p) {
   t.dtype = p.dtype;
   t.stride = int32_t(p.stride);
   t.cores = int32_t(std::min<int64_t>(p.cores, p.M));
+  t.has_perm = p.has_perm;
+  t.piece = std::min(t.blocks, p.has_perm ? kQuantPermPiece : kQuantPiece);
   std::vector<int32_t> plan(static_cast<size_t>(kQuantHeader));
   std::memcpy(plan.data(), &t, sizeof t);
   return plan;

@@ -32,6 +32,7 @@ struct QuantProblem {
   GemmDtype dtype;
   int64_t stride;
   int32_t cores;  // vector cores
+  bool has_perm;
 };
 std::vector<int32_t> plan_quant(const QuantProblem& problem);
 
