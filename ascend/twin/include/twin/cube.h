@@ -25,7 +25,7 @@ void decode(const uint8_t* p, int64_t n, float* f, int32_t* i) {
   for (int64_t j = 0; j < n; ++j) {
     if constexpr (kBits<T> == 4) {
       const int8_t both = int8_t(p[j / 2]);
-      i[j] = j % 2 == 0 ? int8_t(both << 4) >> 4 : both >> 4;
+      i[j] = j % 2 == 0 ? int8_t(uint8_t(both) << 4) >> 4 : both >> 4;
     } else {
       T x;
       std::memcpy(&x, p + j * int64_t(sizeof(T)), sizeof(T));

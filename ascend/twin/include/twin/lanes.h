@@ -118,7 +118,7 @@ void load_lanes(Op& op, const Operand<T>& o, int64_t r, const Lanes& l,
       const uint8_t* p = op.read(o.at(r, i), (i % 2 + n + 1) / 2);
       for (int64_t j = 0; j < n; ++j) {
         const int8_t both = int8_t(p[(i % 2 + j) / 2]);
-        out[i + j] = (i + j) % 2 == 0 ? int8_t(int8_t(both << 4) >> 4) : int8_t(both >> 4);
+        out[i + j] = (i + j) % 2 == 0 ? int8_t(int8_t(uint8_t(both) << 4) >> 4) : int8_t(both >> 4);
       }
     } else {
       std::memcpy(out + i, op.read(o.at(r, i), n * int64_t(sizeof(T))), size_t(n) * sizeof(T));
