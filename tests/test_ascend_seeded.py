@@ -23,7 +23,7 @@ MUTANTS = {  # file in ascend/kernels, text, replacement, mode, words of the fin
         "if (u >= 2) CrossCoreWaitFlag(kTaken);",
         "",
         "split",
-        "flag: cross-core flag 2 was set and never waited for",
+        "hazard: Fixpipe|flag: cross-core flag 2 was set and never waited for",
     ),
     "missing barrier": (
         "w4ax_sums.h",
