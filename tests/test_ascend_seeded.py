@@ -23,7 +23,7 @@ MUTANTS = {  # file in ascend/kernels, text, replacement, mode, words of the fin
         "if (u >= 2) CrossCoreWaitFlag(kTaken);",
         "",
         "split",
-        "hazard: Fixpipe|flag: cross-core flag 2 was set and never waited for",
+        "without a flag between|flag: cross-core flag 2 was set and never waited for",
     ),
     "missing barrier": (
         "w4ax_sums.h",
@@ -63,7 +63,7 @@ MUTANTS = {  # file in ascend/kernels, text, replacement, mode, words of the fin
     "overflow of a buffer": (
         "w4ax_widen.h",
         "pipe->InitBuffer(out_, 2, 16384);",
-        "pipe->InitBuffer(out_, 2, 8192);",
+        "pipe->InitBuffer(out_, 2, 4096);",
         "widen",
         "bounds: And on pipe V",
     ),

@@ -268,6 +268,7 @@ class GemmSums {
     if (t.has_bias != 0) AddBias(f, n0, columns);
     LocalTensor<Out> y = out_.template AllocTensor<Out>();
     Cast(y, f, RoundMode::CAST_RINT, count_);
+    Barrier();  // the next unit writes there
     out_.EnQue(y);
     y = out_.template DeQue<Out>();
     DataCopyPad(out_gm_[int64_t(u_.m_tile) * t.tokens * t.N + n0], y,
