@@ -142,6 +142,7 @@ class ActQuant {
     const uint32_t one = 1;
     const uint16_t zero = 0;
     LocalTensor<uint16_t> picked = work_.ReinterpretCast<uint16_t>();
+    Barrier();  // codes of the last piece may still be read from there
     Duplicate(picked, zero, n * 128);
     ShiftLeft(offsets, offsets, one, channels);  // bytes
     Barrier();
