@@ -104,7 +104,7 @@ def families_are_complete(tree: Tree) -> Iterator[str]:
 def conditionals_stay_below(tree: Tree) -> Iterator[str]:
     """`#if` only in core/, cpu/ and cuda/: families choose by registry and template."""
     for path, text in tree.matching(CXX):
-        if re.match(r"csrc/(core|cpu|cuda)/|ascend/lib/", path):
+        if re.match(r"csrc/(core|cpu|cuda)/", path):
             continue
         for line, directive in cxx.directives(text):
             if re.match(r"#\s*(if|elif)", directive):
@@ -136,9 +136,11 @@ def pragma_once(tree: Tree) -> Iterator[str]:
 
 MAY_SEE_TORCH = re.compile(
     r"csrc/\w+/(op\.cpp|check\.h)|csrc/core/(check|stream|tensor)\.h|csrc/cpu/parallel\.h"
-    r"|ascend/\w+/host\.cpp"
+    r"|ascend/host/(check\.h|twin_op\.cpp|npu_op\.cpp)"
 )
 STABLE = re.compile(r"torch/(csrc/stable|headeronly|csrc/inductor/aoti_torch/c)/")
+OF_ONE_TORCH = "ascend/host/npu_op.cpp"
+"""The entry that torch_npu, which has no stable ABI, ties to one torch; it is built apart."""
 
 
 @rule(
@@ -148,8 +150,13 @@ STABLE = re.compile(r"torch/(csrc/stable|headeronly|csrc/inductor/aoti_torch/c)/
         {"csrc/act_quant/op.cpp": "#include <ATen/ATen.h>\n"},
         {"csrc/act_quant/op.cpp": "#include <torch/library.h>\n"},
         {"csrc/act_quant/op.cpp": "#include <c10/util/Half.h>\n"},
+        {"ascend/host/twin.cpp": "#include <torch/csrc/stable/tensor.h>\n"},
+        {"ascend/host/twin_op.cpp": "#include <ATen/ATen.h>\n"},
     ],
-    good={"csrc/act_quant/op.cpp": "#include <torch/csrc/stable/library.h>\n// <ATen/x.h>\n"},
+    good={
+        "csrc/act_quant/op.cpp": "#include <torch/csrc/stable/library.h>\n// <ATen/x.h>\n",
+        "ascend/host/npu_op.cpp": "#include <ATen/ATen.h>\n",
+    },
 )
 def torch_stops_at_the_entry(tree: Tree) -> Iterator[str]:
     """Only entry points see torch, and of torch only the stable ABI."""
@@ -159,13 +166,14 @@ def torch_stops_at_the_entry(tree: Tree) -> Iterator[str]:
                 continue
             if not MAY_SEE_TORCH.fullmatch(path):
                 yield f"{path}:{line}: includes {name}"
-            elif not STABLE.match(name):
+            elif not STABLE.match(name) and path != OF_ONE_TORCH:
                 yield f"{path}:{line}: {name} is not of the stable ABI"
 
 
 def _resolve(tree: Tree, path: str, name: str) -> str | None:
     """The file of this repository that `#include "name"` in `path` means, if there is one."""
-    for candidate in (str(PurePosixPath(path).parent / name), f"csrc/{name}"):
+    roots = ("csrc", "ascend", "ascend/twin/include")
+    for candidate in (str(PurePosixPath(path).parent / name), *(f"{r}/{name}" for r in roots)):
         if candidate in tree.files:
             return candidate
     return None
@@ -204,6 +212,7 @@ def device_and_plan_never_see_torch(tree: Tree) -> Iterator[str]:
     """nvcc files, planners, layouts and _C reach no torch header, by whatever path."""
     for path, _ in tree.matching(
         r".*\.cuh?|csrc/\w+/(plan\w*\.cpp|params\.h)|csrc/layout/.*|csrc/module\.cpp"
+        r"|ascend/(tiling|kernels|twin)/.*"
     ):
         for header, via in reachable(tree, path).items():
             if re.match(r"(torch|ATen|c10)/", header):
@@ -216,8 +225,15 @@ MAY_INCLUDE = {
     "cpu": {"cpu", "core", "layout"},
     "cuda": {"cuda", "core", "layout"},
     **{f: {f, "core", "layout", "cpu", "cuda"} for f in FAMILIES},
+    "tiling": {"tiling"},
+    "kernels": {"kernels", "tiling", "twin"},
+    "twin": {"twin", "core"},
+    "host": {"host", "tiling", "twin", "core", "layout", "act_quant", "w4ax_gemm"},
 }
-"""By folder. core/ knows the list of all kernels by name only, to check TESSELLA_FORCE."""
+"""By folder, the last four below ascend/.
+
+core/ knows the list of all kernels by name only, to check TESSELLA_FORCE.
+"""
 for _family in ("kv4", "mla"):
     MAY_INCLUDE[_family] |= {"msm"}  # both are sources of the one attention meta-kernel
 
@@ -248,6 +264,56 @@ def csrc_layers(tree: Tree) -> Iterator[str]:
                 yield f"{path}:{line}: {name} does not exist"
             elif PurePosixPath(target).parts[1] not in MAY_INCLUDE.get(here, {here}):
                 yield f"{path}:{line}: {here} may not include {target}"
+
+
+ASCEND = re.compile(
+    r"(CMakeLists\.txt|npu\.cmake|(tiling|kernels)/\w+\.(h|cpp)|host/\w+\.(h|cpp|py)"
+    r"|twin/include/(kernel_operator\.h|twin/\w+\.h)|twin/(src|tests)/\w+\.(h|cpp))"
+)
+
+
+@rule(
+    bad=[
+        {"ascend/softmax.cpp": ""},
+        {"ascend/kernels/detail/a.h": ""},
+        {"ascend/kernels/a.py": ""},
+        {"ascend/twin/include/acl.h": ""},
+    ],
+    good={
+        "ascend/kernels/act_quant.cpp": "",
+        "ascend/tiling/plan.cpp": "",
+        "ascend/twin/include/kernel_operator.h": "",
+        "ascend/twin/src/core.cpp": "",
+    },
+)
+def ascend_folders(tree: Tree) -> Iterator[str]:
+    """ascend/ has kernels, their tiling, the host side, and the emulator; nothing beside."""
+    for path in sorted(tree.files):
+        if path.startswith("ascend/") and not ASCEND.fullmatch(path.removeprefix("ascend/")):
+            yield f"{path}: not one of the folders and kinds of ascend/"
+
+
+@rule(
+    bad=[
+        {"ascend/kernels/a.cpp": "#include <vector>\n"},
+        {"ascend/kernels/a.cpp": '#include "twin/machine.h"\n'},
+        {"ascend/kernels/a.h": "int twin::core();\n"},
+        {"ascend/kernels/a.h": "std::max(1, 2);\n"},
+    ],
+    good={
+        "ascend/kernels/a.cpp": '#include "kernel_operator.h"\n#include "../tiling/t.h"\n'
+        '#include "b.h"\n// std::vector of twin::core\n',
+    },
+)
+def kernels_are_written_for_the_device(tree: Tree) -> Iterator[str]:
+    """A kernel knows AscendC by its own header only: no emulator, no standard library."""
+    for path, text in tree.matching(r"ascend/kernels/.*\.(h|cpp)"):
+        for line, name, angled in cxx.includes(text):
+            if angled or not re.fullmatch(r"(\.\./tiling/)?\w+\.h", name):
+                yield f"{path}:{line}: a kernel may not include {name}"
+        for number, line in enumerate(cxx.strip(text).split("\n"), 1):
+            if m := re.search(r"\b(std|twin)::\w+", line):
+                yield f"{path}:{number}: {m.group(0)} does not exist on the device"
 
 
 @rule(

@@ -30,6 +30,7 @@ class Arch(str, Enum):
 
     here = "here"
     zen5 = "zen5"
+    ascend910b = "910b"
 
 
 class Scheme(str, Enum):
@@ -78,15 +79,20 @@ def gemm(
     """Kernel, tile and work split of a 4-bit linear layer, and its predicted time.
 
     JSON: plan (kernel, chunk_rows, tasks, us, memory_us, compute_us, roofline_us,
-    roofline_frac, bound), problem, ceilings.
+    roofline_frac, bound), problem, ceilings. With --arch 910b times are predicted
+    from what the host emulator counts, never measured; plan has tile, cores, l2_us,
+    cube_us and vector_us in place of chunk_rows and compute_us.
 
     \b
     Examples:
       tessella plan gemm 1 4096 4096
       tessella plan gemm 512 14336 4096 --threads 2 --arch zen5
       tessella plan gemm 16 4096 4096 --isa scalar --json
+      tessella plan gemm 16 4096 4096 --arch 910b
     """
     with session(json=json, debug=debug) as s:
+        if arch is Arch.ascend910b:
+            return _ascend(s, M, N, K, scheme.value, act.value)
         from tessella.bench import ceilings, predict
 
         problem = predict.Gemm(M, N, K, scheme.value, act.value, threads)
@@ -104,6 +110,42 @@ def gemm(
                 "ceilings": {"arch": arch.value, **dataclasses.asdict(limits)},
             }
         )
+
+
+def _ascend(s, M: int, N: int, K: int, scheme: str, act: str) -> None:
+    """The plan for a 910B, and the prediction of its time."""
+    from tessella.bench import ascend, predict
+
+    problem = predict.Gemm(M, N, K, scheme, act)
+    p = ascend.predict(problem)
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column()
+    rows = {
+        "kernel": p.kernel,
+        "work": f"{p.tasks} tasks of {p.tile} on {p.cores} cores",
+        "predicted": f"{p.us:,.1f} µs, bound by {p.bound}; a prediction, not run on a 910B",
+        "memory": f"{p.memory_us:,.1f} µs for {problem.nbytes / 1e6:,.2f} MB",
+        "L2": f"{p.l2_us:,.1f} µs",
+        "cube cores": f"{p.cube_us:,.1f} µs for {problem.macs / 1e9:,.2f} GMAC",
+        "vector cores": f"{p.vector_us:,.1f} µs",
+        "roofline": f"{p.roofline_us:,.1f} µs; predicted to reach {p.roofline_frac:.0%} of it",
+    }
+    for name, value in rows.items():
+        table.add_row(name, Text(value))
+    s.show(table)
+    s.answer(
+        {
+            "plan": {
+                **dataclasses.asdict(p),
+                "roofline_frac": p.roofline_frac,
+                "bound": p.bound,
+                "measured": False,
+            },
+            "problem": dataclasses.asdict(problem),
+            "ceilings": {"arch": "910b", **dataclasses.asdict(ascend.CHIPS["910b"])},
+        }
+    )
 
 
 def _table(problem: Gemm, p: Prediction, limits: Ceilings) -> Table:
