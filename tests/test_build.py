@@ -145,7 +145,7 @@ def test_sources_compile_for_aarch64(tmp_path):
             continue  # needs the target's Python headers
         subprocess.run(
             ["aarch64-linux-gnu-g++", "-std=c++17", "-O1", "-fPIC", "-Wall", "-Wextra", "-Werror",
-             "-Wno-psabi", "-I", ROOT / "csrc", "-isystem", include,
+             "-fvisibility=hidden", "-Wno-psabi", "-I", ROOT / "csrc", "-isystem", include,
              "-DTORCH_TARGET_VERSION=0x020b000000000000", "-c", source, "-o", tmp_path / "x.o"],
             check=True,
         )  # fmt: skip

@@ -443,7 +443,7 @@ inline bool softmax(const Rows& rows, Work& w, int r0, int r, int64_t key0, int 
 
 // Probabilities of a chunk times the scales of V -> bytes, for every group of channels.
 template <class B>
-inline void quantise_chunk(const Params& p, Work& w, int r0, int r, int c) {
+inline void quantise_chunk([[maybe_unused]] const Params& p, Work& w, int r0, int r, int c) {
   const int64_t groups = w.in.groups;
   for (int64_t g = 0; g < groups; ++g) {
     const float *s = w.s + r * kBlock + c, *vs = w.vs + g * kBlock + c, *vz = w.vz + g * kBlock + c;
@@ -478,8 +478,8 @@ struct Chunk {
 // Adds p . V of a chunk to the totals, kLoads vectors of codes from byte `at` of each four tokens.
 // With kOne all their channels are of one group.
 template <class B, int kRows, int kLoads, bool kOne>
-__attribute__((noinline)) void weigh(const Params& p, const Chunk& chunk, Work& w, int r0,
-                                     int64_t at) {
+__attribute__((noinline)) void weigh([[maybe_unused]] const Params& p, const Chunk& chunk, Work& w,
+                                     int r0, int64_t at) {
   VI acc[kRows][kLoads][B::kParts];
   const int64_t first = at / 64 * (16 * B::kCodes) + at % 64 / 4;  // channel of part 0
   constexpr int kGroups = kOne ? 1 : B::kCodes;
