@@ -41,16 +41,40 @@ PREFILL = [
     *(case("prefill", 1, 1024 + n, 1024) for n in (37, 1000, 3001)),  # a cached prefix
     case("prefill", 1, 16384, 512),  # a chunk of a long prompt
 ]
-MIXED = [case("mixed", 12, 4096, 256), case("mixed", 24, 1024, 128)]
-"""One chunk of q tokens, then decodes and trees of 8 in turn, with ctx / 8 to ctx keys each."""
+TRACES = {
+    "code": (
+        (51, 137, 245, 462, 700, 915, 1093, 1342, 1605, 1885, 2195, 2539, 2982, 3776, 5511, 7435),
+        (6, 7, 8, 9, 9, 10, 11, 12, 14, 15, 18, 21, 27, 37, 58, 126),
+    ),
+    "conv": (
+        (165, 206, 374, 391, 401, 412, 818, 1001, 1037, 1067, 1100, 1147, 1312, 1770, 3018, 4089),
+        (33, 53, 68, 81, 89, 95, 104, 118, 141, 171, 223, 389, 397, 411, 427, 502),
+    ),
+}
+"""Prompt and generated tokens of requests to a coding and a chat service: the middles of 16 equal
+shares of Microsoft's Azure LLM inference trace of 2023 (Patel et al., Splitwise, ISCA 2024)."""
+
+MIXED = [
+    case("mixed", 12, 4096, 256),
+    case("mixed", 24, 1024, 128),
+    case("mixed-code", 16, 7435, 512),
+    case("mixed-conv", 16, 4089, 512),
+]
+"""One chunk of q tokens, then decodes and trees of 8 in turn, with ctx / 8 to ctx keys each, or
+with the lengths of a trace (:data:`TRACES`) half-way through what they generate."""
 
 
 def lengths(c: Case) -> tuple[list[int], list[int], list[str]]:
     """(query tokens, keys, masks) of the requests of a case."""
     B, ctx, q, kind = c["B"], c["ctx"], c["q"], c["kind"]
-    if kind != "mixed":
+    if not kind.startswith("mixed"):
         return [q] * B, [ctx] * B, ["tree" if kind == "verify" else "causal"] * B
-    kv = [ctx] + [ctx // 8 + (ctx * 7 // 8) * (i * 37 % 100) // 100 for i in range(1, B)]
+    if kind == "mixed":
+        kv = [ctx] + [ctx // 8 + (ctx * 7 // 8) * (i * 37 % 100) // 100 for i in range(1, B)]
+    else:  # the longest prompt is the chunk's; long answers belong to prompts of any length
+        prompts, answers = TRACES[kind.removeprefix("mixed-")]
+        others = [n + answers[i * 7 % 16] // 2 for i, n in enumerate(prompts[:-1])]
+        kv = [ctx, *others[: B - 1]]
     q_len = [q] + [8 if i % 3 == 0 else 1 for i in range(1, B)]
     return q_len, kv, ["causal" if n != 8 else "tree" for n in q_len]
 
