@@ -133,7 +133,7 @@ def rivals(c: Case, p: Problem) -> dict[str, Callable[[int], Tensor]]:
     are read once: 12 to 28 times faster than SDPA's own grouping. Mixed batches have no rival in
     one call: each request is run by itself.
     """
-    if c["kind"] == "mixed":
+    if c["kind"].startswith("mixed"):
         return {"sdpa": _mixed_rival(c, p)}
     B, q, H, J, D, ctx = (c[k] for k in ("B", "q", "H", "J", "D", "ctx"))
     caches = dense(c, copies(4 * B * J * ctx * D))
