@@ -23,7 +23,9 @@ def check(answer: dict) -> None:
     assert 0.98 < after["ppl_ratio"] < 1.1
     assert after["ppl"] / before["ppl"] == pytest.approx(after["ppl_ratio"])
     assert 0 < after["kl"] < 0.15 and 0.75 < after["top1"] < 1
-    assert 0.97 < cached["ppl_ratio"] < 1.3 and 0 < cached["kl"] < 0.3  # 128 tokens may be all
+    few = f"kv4: {measure.REFERENCE}" in answer["kernels"]
+    most_ratio, most_kl = (1.3, 0.3) if few else (1.15, 0.2)  # references score 128 tokens only
+    assert 0.97 < cached["ppl_ratio"] < most_ratio and 0 < cached["kl"] < most_kl
     assert after["cache_bytes_per_token"] == before["cache_bytes_per_token"]
     assert 0.25 < cached["cache_bytes_per_token"] / after["cache_bytes_per_token"] < 0.35
     assert cached["bytes"] == after["bytes"]
