@@ -173,6 +173,45 @@ def test_only_its_own_memory(kernel, rng):
             assert_untouched(whole)
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_linear_is_quantise_then_multiply(kernel, rng):
+    """w4ax_linear gives the bits of the two ops, from rows at any stride, inside poison."""
+    for M, N, K in ((1, 64, 128), (3, 70, 300), (63, 5, 512), (127, 130, 200)):
+        x, whole = guarded(torch.randn(M, K + 3, generator=rng).bfloat16())
+        x = x[:, :K]
+        perm = torch.randperm(K, generator=rng).int()
+        for scheme, share, granularity in (
+            ("twolevel", 1.0, "token"), ("g32", 0.5, "block"), ("g128", 0.5, "class"),
+            ("channel", 0.0, "token"),
+        ):  # fmt: skip
+            packed = ops.w4_pack(random_weight(scheme, N, K, rng))
+            bias = torch.randn(N, generator=rng).bfloat16()
+            how = dict(k8=k8_of(share, K), granularity=granularity, perm=perm)
+            with force(kernel):
+                want = ops.w4ax_gemm(ops.act_quant(x, **how), packed, bias)
+                got = ops.w4ax_linear(x, packed, bias, **how)
+            assert torch.equal(got, want), f"{kernel} {scheme} M{M} N{N} K{K}"
+        assert_untouched(whole)
+
+
+def test_linear_refuses_and_takes_leading_dims(rng):
+    packed = ops.w4_pack(random_weight("twolevel", 10, 200, rng))
+    x = torch.randn(2, 3, 200, generator=rng)
+    rows = ops.w4ax_linear(x.view(6, 200), packed)
+    assert torch.equal(ops.w4ax_linear(x, packed), rows.view(2, 3, 10))
+    assert ops.w4ax_linear(x[:0], packed).shape == (0, 3, 10)
+    with pytest.raises(
+        ValueError, match=r"w4ax_linear: x: expected \[\.\.\., 200\], got \(2, 256\)"
+    ):
+        ops.w4ax_linear(torch.zeros(2, 256), packed)
+    with pytest.raises(RuntimeError, match=r"w4ax_linear: bias: expected .*float32 \[10\]"):
+        ops.w4ax_linear(x, packed, torch.zeros(10).half())
+    with pytest.raises(RuntimeError, match=r"w4ax_linear: k8: expected a multiple of 128"):
+        ops.w4ax_linear(x, packed, k8=100)
+    with pytest.raises(RuntimeError, match="no gradient"):
+        ops.w4ax_linear(x.clone().requires_grad_(), packed)
+
+
 def test_empty_batch(rng):
     a = ops.act_quant(torch.empty(0, 256))
     y = ops.w4ax_gemm(a, ops.w4_pack(random_weight("twolevel", 10, 256, rng)))
@@ -241,6 +280,9 @@ def test_opcheck_compile_and_fake(rng):
     args = (a.codes8, a.codes4, a.sums, a.scales, packed.blob, "g64", 70, "class", None)
     torch.library.opcheck(torch.ops.tessella.w4ax_gemm.default, (*args, torch.bfloat16))
     torch.library.opcheck(torch.ops.tessella.w4ax_gemm_out.default, (*args, torch.empty(5, 70)))
+    x = torch.randn(5, 200, generator=rng)
+    linear_args = (x, packed.blob, "g64", 70, 128, "class", None, None)
+    torch.library.opcheck(torch.ops.tessella.w4ax_linear.default, linear_args)
     for scheme in ("channel", "g32", "twolevel"):
         v = random_weight(scheme, 70, 200, rng)
         fields = (v.codes, v.channel_scales, v.group_scales, v.zeros, scheme, 200)

@@ -1,47 +1,12 @@
 // Torch entries of act_quant and its fused producers, and their out variants: check -> params ->
 // run.
-#include <optional>
 #include <tuple>
 
-#include "act_quant/params.h"
-#include "core/build.h"
-#include "core/check.h"
-#include "core/stream.h"
+#include "act_quant/check.h"
 
 namespace tessella::act_quant {
 
-static constexpr int64_t kBlock = 128;
 using Blocks = std::tuple<Tensor, Tensor, Tensor, Tensor>;
-
-static Params check(const char* op, const Tensor& x, int64_t k8, const std::string& granularity,
-                    const std::optional<Tensor>& perm) {
-  Params p{};
-  p.granularity = check_granularity(op, granularity);
-  if (x.dim() != 2 || x.size(1) == 0) refuse(Arg{op, "x"}, "[M, K] with K >= 1", describe(x));
-  p.dtype = check_float(Arg{op, "x"}, x.scalar_type());
-  if (x.is_cuda() && p.dtype == DType::kF32)
-    refuse(Arg{op, "x"}, "bfloat16 or float16 on cuda", describe(x));
-  p.M = x.size(0);
-  p.K = x.size(1);
-  p.Kp = round_up(p.K, kBlock);
-  p.K8 = k8 < 0 ? p.Kp : k8;
-  if (p.K8 > p.Kp || p.K8 % kBlock != 0)
-    refuse(Arg{op, "k8"}, "a multiple of 128 in 0.." + std::to_string(p.Kp) + ", or -1 for all",
-           k8);
-  check_one_precision(op, p.granularity, p.K8, p.Kp);
-  constexpr int64_t kMostRows = int64_t{1} << 31;  // CUDA counts rows of codes in 32 bits
-  if (x.is_cuda() && p.M * (p.Kp / kBlock) >= kMostRows)
-    refuse(Arg{op, "x"}, "fewer than 2^31 blocks of 128 channels on cuda", describe(x));
-  if (p.K > 1 && x.stride(1) != 1)
-    refuse(Arg{op, "x"}, "unit stride along K", "stride " + std::to_string(x.stride(1)));
-  p.stride = x.stride(0);
-  p.x = x.const_data_ptr();
-  if (perm.has_value()) {
-    check_tensor(Arg{op, "perm"}, *perm, ScalarType::Int, {p.K}, x);
-    p.perm = perm->const_data_ptr<int32_t>();
-  }
-  return p;
-}
 
 static void run(const char* op, Params& p, const Tensor& x, const Blocks& out) {
   const auto& [codes8, codes4, sums, scales] = out;
@@ -49,12 +14,7 @@ static void run(const char* op, Params& p, const Tensor& x, const Blocks& out) {
   p.codes4 = codes4.mutable_data_ptr<uint8_t>();
   p.sums = sums.mutable_data_ptr<int32_t>();
   p.scales = scales.mutable_data_ptr<float>();
-  if (p.M == 0) return;
-  if (!x.is_cuda()) return run_cpu(p);
-  if constexpr (kHasCuda) {
-    const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-    check_launch(op, run_cuda(p, current_stream(x.get_device_index())));
-  }
+  launch(op, p, x);
 }
 
 static Tensor make(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef shape,

@@ -26,6 +26,19 @@ inline layout::W4Panel check_scheme(const char* op, const std::string& scheme, i
   return p;
 }
 
+// The weight and the bias, on the device of `like`, which has the result's dtype.
+inline void check_weight(const char* op, Params& p, const Tensor& w, const std::string& scheme,
+                         int64_t N, int64_t Kp, const std::optional<Tensor>& bias, ScalarType dtype,
+                         const Tensor& like) {
+  p.panel = check_scheme(op, scheme, N, Kp);
+  check_tensor(Arg{op, "w"}, w, ScalarType::Byte, {p.panel.bytes()}, like);
+  if (bias.has_value()) {
+    check_tensor(Arg{op, "bias"}, *bias, dtype, {N}, w);
+    p.bias = bias->const_data_ptr();
+  }
+  p.w = w.const_data_ptr<uint8_t>();
+}
+
 inline Params check(const char* op, const Tensor& codes8, const Tensor& codes4, const Tensor& sums,
                     const Tensor& scales, const Tensor& w, const std::string& scheme, int64_t N,
                     const std::string& granularity, const std::optional<Tensor>& bias,
@@ -50,16 +63,11 @@ inline Params check(const char* op, const Tensor& codes8, const Tensor& codes4, 
     check_tensor(Arg{op, "scales"}, scales, ScalarType::Float, {scale_rows(p.granularity, B), p.M},
                  w);
   check_one_precision(op, p.granularity, p.K8, B * 128);
-  p.panel = check_scheme(op, scheme, N, B * 128);
-  check_tensor(Arg{op, "w"}, w, ScalarType::Byte, {p.panel.bytes()}, w);
-  if (bias.has_value()) {
-    check_tensor(Arg{op, "bias"}, *bias, dtype, {N}, w);
-    p.bias = bias->const_data_ptr();
-  }
+  check_weight(op, p, w, scheme, N, B * 128, bias, dtype, w);
+  p.codes4 = codes4.const_data_ptr<uint8_t>();
   p.x8 = codes8.const_data_ptr<int8_t>();
   p.sums = sums.const_data_ptr<int32_t>();
   p.scales = scales.const_data_ptr<float>();
-  p.w = w.const_data_ptr<uint8_t>();
   return p;
 }
 

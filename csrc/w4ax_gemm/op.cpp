@@ -1,6 +1,7 @@
-// Torch entries of w4ax_gemm, w4_pack and w4_unpack.
+// Torch entries of w4ax_gemm, w4ax_linear, w4_pack and w4_unpack.
 #include <tuple>
 
+#include "act_quant/check.h"
 #include "core/build.h"
 #include "core/env.h"
 #include "core/stream.h"
@@ -17,24 +18,23 @@ static void on_gpu(const char* op, const Tensor& like, const F& f) {
   check_launch(op, f(current_stream(like.get_device_index())));
 }
 
-static void run([[maybe_unused]] const char* op, Params& p, const Tensor& codes4,
-                const Tensor& out) {
+// Runs p, whose operands have been set, into out; `like` is any tensor of their device.
+static void run([[maybe_unused]] const char* op, Params& p, const Tensor& like, const Tensor& out) {
   if (p.M == 0) return;
   p.out = out.mutable_data_ptr();
   if (out.is_cuda()) {
-    p.codes4 = codes4.const_data_ptr<uint8_t>();
     TSL_IF_CUDA(on_gpu(op, out, [&](void* stream) { return run_cuda(p, stream); });)
     return;
   }
   // scratch: INT4 codes as bytes, and code sums of groups smaller than a block
-  Tensor x4 = codes4, sums = codes4;
-  if (codes4.size(0) > 0) {
-    x4 = torch::stable::new_empty(codes4, {codes4.numel() * 2}, ScalarType::Char);
+  Tensor x4 = like, sums = like;
+  if (const int64_t rows = (p.panel.Kp - p.K8) / 128 * p.M; rows > 0) {
+    x4 = torch::stable::new_empty(like, {rows * 128}, ScalarType::Char);
     p.x4 = x4.mutable_data_ptr<int8_t>();
-    widen_int4(codes4.const_data_ptr<uint8_t>(), codes4.size(0) * p.M, const_cast<int8_t*>(p.x4));
+    widen_int4(p.codes4, rows, const_cast<int8_t*>(p.x4));
   }
   if (p.panel.G < 128) {
-    sums = torch::stable::new_empty(codes4, {p.panel.Kp / p.panel.G * p.M}, ScalarType::Int);
+    sums = torch::stable::new_empty(like, {p.panel.Kp / p.panel.G * p.M}, ScalarType::Int);
     sum_groups(p, sums.mutable_data_ptr<int32_t>());
     p.sums = sums.const_data_ptr<int32_t>();
   }
@@ -51,7 +51,7 @@ static Tensor w4ax_gemm(const Tensor& codes8, const Tensor& codes4, const Tensor
   Params p =
       check("w4ax_gemm", codes8, codes4, sums, scales, w, scheme, N, granularity, bias, dtype);
   Tensor out = torch::stable::new_empty(codes8, {p.M, N}, dtype);
-  run("w4ax_gemm", p, codes4, out);
+  run("w4ax_gemm", p, codes8, out);
   return out;
 }
 
@@ -62,7 +62,46 @@ static void w4ax_gemm_out(const Tensor& codes8, const Tensor& codes4, const Tens
   Params p = check("w4ax_gemm_out", codes8, codes4, sums, scales, w, scheme, N, granularity, bias,
                    out.scalar_type());
   check_tensor(Arg{"w4ax_gemm_out", "out"}, out, out.scalar_type(), {p.M, N}, w);
-  run("w4ax_gemm_out", p, codes4, out);
+  run("w4ax_gemm_out", p, codes8, out);
+}
+
+// The codes of x in one buffer, whose parts start at multiples of 128 bytes: what ActBlocks hold,
+// made and used within one call.
+static Tensor quantise(const char* op, act_quant::Params& q, const Tensor& x) {
+  const int64_t B = q.Kp / 128, B8 = q.K8 / 128;
+  const int64_t rows = scale_rows(q.granularity, B);
+  const int64_t ints = round_up(B * q.M, 32) * 4, at4 = B8 * q.M * 128;
+  const int64_t at_sums = at4 + round_up((B - B8) * q.M * 64, 128), at_scales = at_sums + ints;
+  Tensor buffer = torch::stable::new_empty(x, {at_scales + rows * q.M * 4}, ScalarType::Byte);
+  auto* base = buffer.mutable_data_ptr<uint8_t>();
+  q.codes8 = reinterpret_cast<int8_t*>(base);
+  q.codes4 = base + at4;
+  q.sums = reinterpret_cast<int32_t*>(base + at_sums);
+  q.scales = reinterpret_cast<float*>(base + at_scales);
+  act_quant::launch(op, q, x);
+  return buffer;
+}
+
+static Tensor w4ax_linear(const Tensor& x, const Tensor& w, const std::string& scheme, int64_t N,
+                          int64_t k8, const std::string& granularity,
+                          const std::optional<Tensor>& perm, const std::optional<Tensor>& bias) {
+  const char* op = "w4ax_linear";
+  act_quant::Params q = act_quant::check(op, x, k8, granularity, perm);
+  Params p{};
+  p.M = q.M;
+  p.K8 = q.K8;
+  p.dtype = q.dtype;
+  p.granularity = q.granularity;
+  check_weight(op, p, w, scheme, N, q.Kp, bias, x.scalar_type(), x);
+  Tensor out = torch::stable::new_empty(x, {p.M, N}, x.scalar_type());
+  if (p.M == 0) return out;
+  const Tensor buffer = quantise(op, q, x);
+  p.x8 = q.codes8;
+  p.codes4 = q.codes4;
+  p.sums = q.sums;
+  p.scales = q.scales;
+  run(op, p, buffer, out);
+  return out;
 }
 
 // Two-level bytes q * s1 + a must not pass 255; only a malformed weight can.
@@ -154,12 +193,14 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor> w4_unpack(const Tensor& w,
 STABLE_TORCH_LIBRARY_IMPL(tessella, CPU, m) {
   m.impl("w4ax_gemm", TORCH_BOX(&w4ax_gemm));
   m.impl("w4ax_gemm_out", TORCH_BOX(&w4ax_gemm_out));
+  m.impl("w4ax_linear", TORCH_BOX(&w4ax_linear));
   m.impl("w4_pack", TORCH_BOX(&w4_pack));
   m.impl("w4_unpack", TORCH_BOX(&w4_unpack));
 }
 TSL_IF_CUDA(STABLE_TORCH_LIBRARY_IMPL(tessella, CUDA, m) {
   m.impl("w4ax_gemm", TORCH_BOX(&w4ax_gemm));
   m.impl("w4ax_gemm_out", TORCH_BOX(&w4ax_gemm_out));
+  m.impl("w4ax_linear", TORCH_BOX(&w4ax_linear));
   m.impl("w4_pack", TORCH_BOX(&w4_pack));
   m.impl("w4_unpack", TORCH_BOX(&w4_unpack));
 })

@@ -16,7 +16,7 @@ namespace tessella::w4ax_gemm {
 struct Params {
   const int8_t* x8;       // [K8/128][M][128]
   const int8_t* x4;       // [(Kp-K8)/128][M][128]: INT4 codes widened to bytes by the caller
-  const uint8_t* codes4;  // CUDA instead: [(Kp-K8)/128][M][64], as ActBlocks have them
+  const uint8_t* codes4;  // [(Kp-K8)/128][M][64], as ActBlocks have them; CUDA reads these
   const int32_t* sums;    // [Kp/G][M]: sums of the codes of each weight group (channel: each block)
   const float* scales;    // [M] | [2][M] | [Kp/128][M]
   const uint8_t* w;       // panels, layout/w4.h (CPU) or layout/w4_frag.h (CUDA)

@@ -236,6 +236,7 @@ core/ knows the list of all kernels by name only, to check TESSELLA_FORCE.
 """
 for _family in ("kv4", "mla"):
     MAY_INCLUDE[_family] |= {"msm"}  # both are sources of the one attention meta-kernel
+MAY_INCLUDE["w4ax_gemm"] |= {"act_quant"}  # w4ax_linear quantises and multiplies in one op
 
 
 @rule(

@@ -2,35 +2,23 @@
 
 In a decoder layer as it is converted every linear quantises its own input. After :func:`fuse` the
 norm before the attention and the one before the MLP quantise what they normalise, once for the two
-or three linears that read it, and the MLP's gate quantises its product: of seven act_quant calls a
-layer and a dozen small torch ops, one act_quant and three fused ops are left. The linears that
-read a fused norm become one product (:mod:`tessella.models.join`): of seven, four are left. Names
-and tensors in the state_dict stay the same.
+or three linears that read it, and the MLP's gate quantises its product; the output projection and
+the head, whose input nobody else reads, quantise it within their own op. Of seven act_quant calls a
+layer and a dozen small torch ops, three fused ops are left. The linears that read a fused norm
+become one product (:mod:`tessella.models.join`): of seven, four are left. Names and tensors in the
+state_dict stay the same.
 """
 
 from __future__ import annotations
-
-from functools import cache
 
 import torch
 from torch import Tensor, nn
 
 from tessella.models.join import Joined
-from tessella.models.linear import W4AxLinear, share
+from tessella.models.linear import W4AxLinear, compiled, share
 
 _rms_norm_quant = torch.ops.tessella.rms_norm_quant.default
 _silu_mul_quant = torch.ops.tessella.silu_mul_quant.default
-
-
-@torch.compiler.assume_constant_result
-def _compiled(op: str, device: str) -> bool:
-    """Whether this build has a kernel of its own for an op on a kind of device."""
-    return _has_kernel(op, {"cpu": "CPU", "cuda": "CUDA"}.get(device, "PrivateUse1"))
-
-
-@cache
-def _has_kernel(op: str, key: str) -> bool:
-    return torch._C._dispatch_has_kernel_for_dispatch_key(f"tessella::{op}", key)
 
 
 class RMSNormQuant(nn.Module):
@@ -51,7 +39,7 @@ class RMSNormQuant(nn.Module):
     def forward(self, hidden_states: Tensor) -> Tensor:
         """h [..., K] -> weight * h / rms(h), rounded as transformers' modules round."""
         K = hidden_states.shape[-1]
-        if not _compiled("rms_norm_quant", hidden_states.device.type):
+        if not compiled("rms_norm_quant", hidden_states.device.type):
             h = hidden_states.float()
             h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + self.variance_epsilon)
             return self.weight * h.to(hidden_states.dtype)
@@ -87,7 +75,7 @@ class GatedMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., K]."""
         gate, up, down = self.gate_proj(x), self.up_proj(x), self.down_proj
-        if not _compiled("silu_mul_quant", x.device.type):
+        if not compiled("silu_mul_quant", x.device.type):
             return down(nn.functional.silu(gate) * up)
         K = down.in_features
         blocks = _silu_mul_quant(
@@ -151,6 +139,9 @@ def fuse(model: nn.Module) -> int:
         if _is_gated_mlp(mlp):
             layer.mlp = GatedMLP(mlp)
             replaced += 1
+    for name, module in model.named_modules():
+        if isinstance(module, W4AxLinear) and name.endswith(("self_attn.o_proj", "lm_head")):
+            module.alone = True
     return replaced
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +18,18 @@ if TYPE_CHECKING:
 
 _act_quant = torch.ops.tessella.act_quant.default
 _w4ax_gemm = torch.ops.tessella.w4ax_gemm.default
+_w4ax_linear = torch.ops.tessella.w4ax_linear.default
+
+
+@torch.compiler.assume_constant_result
+def compiled(op: str, device: str) -> bool:
+    """Whether this build has a kernel of its own for an op on a kind of device."""
+    return _has_kernel(op, {"cpu": "CPU", "cuda": "CUDA"}.get(device, "PrivateUse1"))
+
+
+@cache
+def _has_kernel(op: str, key: str) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"tessella::{op}", key)
 
 
 def share(
@@ -85,6 +98,7 @@ class W4AxLinear(nn.Module):
         self.k8 = k8
         self.granularity = granularity
         self._joined: Joined | None = None
+        self.alone = False  # no other linear reads the same input: nothing to share codes with
         self.register_buffer("blob", w4_pack(weight).blob)
         self.register_buffer("perm", None if perm is None else perm.detach())
         self.register_buffer("bias", None if bias is None else bias.detach())
@@ -112,7 +126,29 @@ class W4AxLinear(nn.Module):
             raise ValueError(f"W4AxLinear: x: expected [..., {self.in_features}], got {got}")
         if self._joined is not None and (y := self._joined.product(self, x)) is not None:
             return y
+        if self._fused(x):
+            y_MN = _w4ax_linear(
+                self._rows(x),
+                self.blob,
+                self.scheme,
+                self.out_features,
+                self.k8,
+                self.granularity,
+                self.perm,
+                self.bias,
+            )
+            return y_MN.view(*x.shape[:-1], self.out_features)
         return self.multiply(self._quantise(x), x.shape[:-1], x.dtype)
+
+    def _fused(self, x: Tensor) -> bool:
+        """Whether to quantise x within the product's op: nobody else has use for the codes."""
+        fresh = self.alone and shared(x, self.k8, self.granularity) is None
+        return fresh and compiled("w4ax_linear", x.device.type)
+
+    def _rows(self, x: Tensor) -> Tensor:
+        """x as [M, K] with unit stride along K."""
+        x_MK = x.reshape(-1, self.in_features)
+        return x_MK if x_MK.stride(1) == 1 else x_MK.contiguous()
 
     def join(self, joined: Joined | None) -> None:
         """From now on take the result from a product with others, where that can be had."""
@@ -135,10 +171,7 @@ class W4AxLinear(nn.Module):
         """x in ActBlocks, once for all linears that read this very tensor and quantise alike."""
         if self.perm is None and (blocks := shared(x, self.k8, self.granularity)) is not None:
             return blocks
-        x_MK = x.reshape(-1, self.in_features)
-        if x_MK.stride(1) != 1:
-            x_MK = x_MK.contiguous()
-        blocks = _act_quant(x_MK, self.k8, self.granularity, self.perm)
+        blocks = _act_quant(self._rows(x), self.k8, self.granularity, self.perm)
         if self.perm is None:
             share(x, self.k8, self.granularity, blocks)
         return blocks

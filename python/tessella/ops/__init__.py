@@ -3,7 +3,7 @@
 from tessella.ops.act_quant import act_quant, rms_norm_quant, silu_mul_quant
 from tessella.ops.kv4 import kv4_append, kv4_attn
 from tessella.ops.msm import msm_append, msm_attn, msm_plan
-from tessella.ops.w4ax_gemm import w4_pack, w4_unpack, w4ax_gemm
+from tessella.ops.w4ax_gemm import w4_pack, w4_unpack, w4ax_gemm, w4ax_linear
 
 __all__ = [
     "act_quant",
@@ -17,4 +17,5 @@ __all__ = [
     "w4_pack",
     "w4_unpack",
     "w4ax_gemm",
+    "w4ax_linear",
 ]

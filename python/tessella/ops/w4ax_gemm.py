@@ -1,4 +1,4 @@
-"""w4ax_gemm: 4-bit weights times INT8/INT4 activations, and the packing of the weights."""
+"""w4ax_gemm: 4-bit weights times INT8/INT4 activations, alone and behind act_quant; packing."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from torch import Tensor
 from tessella import layout, tuned
 from tessella.formats import ActBlocks, PackedW4, W4Weight
 from tessella.ops._register import define, refuse_gradient
+from tessella.ref import act_quant as ref_act
 from tessella.ref import w4ax_gemm as ref
 
 
@@ -37,6 +38,42 @@ def w4ax_gemm(
     return torch.ops.tessella.w4ax_gemm(
         a.codes8, a.codes4, a.sums, a.scales, w.blob, w.scheme, w.N, a.granularity, bias, dtype
     )
+
+
+def w4ax_linear(
+    x: Tensor,
+    w: PackedW4,
+    bias: Tensor | None = None,
+    *,
+    k8: int = -1,
+    granularity: str = "token",
+    perm: Tensor | None = None,
+) -> Tensor:
+    """``w4ax_gemm(act_quant(x), w, bias)`` as one op: the 4-bit linear on 16-bit activations.
+
+    The same codes and the same result, bit for bit; the codes live in one buffer of the call. Where
+    several linears read x, quantise once with :func:`act_quant` instead; where a norm or a gate
+    makes x, let it quantise (:func:`rms_norm_quant`, :func:`silu_mul_quant`).
+
+    Args:
+        x: bf16, fp16 or (CPU) fp32 [..., K], unit stride along K.
+        w: packed weight [N, K] on the same device, any N.
+        bias: [N] of x's dtype, or None.
+        k8, granularity, perm: as for :func:`act_quant`.
+
+    Returns:
+        [..., N] of x's dtype. No tokens give an empty result.
+
+    Raises:
+        RuntimeError or ValueError: as :func:`act_quant` and :func:`w4ax_gemm`.
+    """
+    refuse_gradient("w4ax_linear", x, bias)
+    if x.dim() == 0 or x.shape[-1] != w.K:
+        raise ValueError(f"tessella::w4ax_linear: x: expected [..., {w.K}], got {tuple(x.shape)}")
+    y_MN = torch.ops.tessella.w4ax_linear(
+        x.reshape(-1, w.K), w.blob, w.scheme, w.N, k8, granularity, perm, bias
+    )
+    return y_MN.view(*x.shape[:-1], w.N)
 
 
 def w4_pack(w: W4Weight) -> PackedW4:
@@ -117,6 +154,16 @@ def _ref_gemm_out(codes8, codes4, sums, scales, w, scheme, N, granularity, bias,
     out.copy_(_ref_gemm(codes8, codes4, sums, scales, w, scheme, N, granularity, bias, out.dtype))
 
 
+def _ref_linear(x, w, scheme, N, k8, granularity, perm, bias):
+    a = ref_act.act_quant(x, k8, granularity, perm)
+    return ref.w4ax_gemm(a, layout.w4_unpack_cpu(w, scheme, N, a.Kp), bias, x.dtype)
+
+
+def _fake_linear(x, w, scheme, N, k8, granularity, perm, bias):
+    ref_act.check(x, k8, granularity, perm)
+    return x.new_empty((x.shape[0], N))
+
+
 def _fake_pack(codes, channel_scales, group_scales, zeros, scheme, K):
     return codes.new_empty(layout.w4_cpu_bytes(scheme, codes.shape[0], K))
 
@@ -153,5 +200,11 @@ define(
     f"w4ax_gemm_out({_GEMM_ARGS}, Tensor(a!) out) -> ()",
     ref=_ref_gemm_out,
     fake=lambda *_: None,
+)
+define(
+    "w4ax_linear(Tensor x, Tensor w, str scheme, int N, int k8, str granularity, Tensor? perm,"
+    " Tensor? bias) -> Tensor",
+    ref=_ref_linear,
+    fake=_fake_linear,
 )
 tuned.install()
