@@ -25,6 +25,7 @@ QUICK_NK = ((1024, 1024),)
 SCHEMES = ("twolevel", "g128", "channel")
 
 _act_quant = torch.ops.tessella.act_quant.default
+_w4ax_linear = torch.ops.tessella.w4ax_linear.default
 _w4ax_gemm = torch.ops.tessella.w4ax_gemm.default
 
 
@@ -104,6 +105,9 @@ def _subject(shape: _Shape, x_MK: Tensor, scheme: str, act: str, threads: int) -
         blob = ws[i % len(ws)].blob
         return _w4ax_gemm(*acts, blob, scheme, N, granularity, None, torch.bfloat16)
 
+    def linear(i: int) -> Tensor:
+        return _w4ax_linear(x_MK, ws[i % len(ws)].blob, scheme, N, -1, granularity, None, None)
+
     def quant() -> tuple[Tensor, ...]:
         return _act_quant(x_MK, -1, granularity, None)
 
@@ -115,7 +119,11 @@ def _subject(shape: _Shape, x_MK: Tensor, scheme: str, act: str, threads: int) -
         call=lambda i: gemm(given, i),
         nbytes=problem.nbytes,
         macs=problem.macs,
-        parts={"quant": lambda i: quant(), "with_quant": lambda i: gemm(quant(), i)},
+        parts={
+            "quant": lambda i: quant(),
+            "with_quant": lambda i: gemm(quant(), i),
+            "linear": linear,
+        },
         predicted_us=lambda limits: predict.gemm(problem, limits).us,
     )
 
