@@ -41,11 +41,14 @@ struct Mode {
   static constexpr bool kWide = kDecoded;          // weights come from Task::bytes
   // two-level with its bytes q * s1 + a already formed, else s1 and a are applied to the sums
   static constexpr bool kFormed = kS == Scheme::kTwoLevel && kDecoded && kWideBytes;
+  // Groups: decoded bytes are q - z + 16, so that one start value, -16 * (sum of the codes), serves
+  // all features.
+  static constexpr bool kShifted = kS == Scheme::kGroup && kDecoded && kWideBytes;
   static constexpr bool kFloatTotals = kS == Scheme::kGroup || kBlockScales;
   // Zero points: where accumulators start, or subtracted from their sums. A group's lie behind its
   // codes, so whoever reads from memory takes them last.
   static constexpr bool kZeroFirst =
-      (kS == Scheme::kGroup && kDecoded) || (kS == Scheme::kChannel && kBlockScales);
+      (kS == Scheme::kGroup && kDecoded && !kShifted) || (kS == Scheme::kChannel && kBlockScales);
   static constexpr bool kZeroLast = kS == Scheme::kGroup && !kDecoded;
 };
 
@@ -150,6 +153,7 @@ __attribute__((always_inline)) inline void group(const Params& p, const Tile& t,
     for (int r = 0; r < kRows; ++r) {
       acc[r][v] = zero_i();
       if constexpr (M::kZeroFirst) acc[r][v] = mul16(z, set1_i(-t.sums[g * p.M + r]));
+      if constexpr (M::kShifted) acc[r][v] = set1_i(-16 * t.sums[g * p.M + r]);
       if constexpr (M::kFormed && M::kPerBlock) acc[r][v] = set1_i(-128 * t.sums[r]);
     }
   }
@@ -175,28 +179,41 @@ __attribute__((noinline)) void tile(const Params& p, const Tile& t) {
 
 // Decodes a block into Task::bytes.
 template <class M>
-inline void decode(const W4Panel& panel, const uint8_t* block, uint8_t* out) {
+inline void decode(const W4Panel& panel, int groups, const uint8_t* block, uint8_t* out) {
   constexpr int kVecs = kPanel / kLanes < 4 ? kPanel / kLanes : 4;
+  const int steps = kBlock / W4Panel::kStepK / groups;
   for (int n = 0; n < kPanel; n += kVecs * kLanes) {
     [[maybe_unused]] Widen w[kVecs];
     if constexpr (M::kFormed)
       for (int v = 0; v < kVecs; ++v)
         w[v] = widen_scales(block + panel.scale_row(0) + n + v * kLanes,
                             block + panel.zero_row(0) + n + v * kLanes);
-    for (int step = 0; step < kBlock / W4Panel::kStepK; ++step)
+    for (int g = 0; g < groups; ++g) {
+      [[maybe_unused]] VI shift[kVecs];  // 16 - z in each of a feature's bytes: 1..16, no borrows
+      if constexpr (M::kShifted)
+        for (int v = 0; v < kVecs; ++v)
+          shift[v] =
+              sub(set1_i(0x10101010),
+                  mul(load_u8(block + panel.zero_row(g) + n + v * kLanes), set1_i(0x01010101)));
+      for (int step = g * steps; step < (g + 1) * steps; ++step)
 #pragma GCC unroll 4
-      for (int v = 0; v < kVecs; ++v) {
-        const int at = step * W4Panel::kStepBytes + (n + v * kLanes) * 4;
-        const VI both = load_i(block + at);
-        VI lo = low_nibbles(both), hi = high_nibbles(both);
-        if constexpr (M::kFormed) {
-          lo = widen(lo, w[v]);
-          hi = widen(hi, w[v]);
+        for (int v = 0; v < kVecs; ++v) {
+          const int at = step * W4Panel::kStepBytes + (n + v * kLanes) * 4;
+          const VI both = load_i(block + at);
+          VI lo = low_nibbles(both), hi = high_nibbles(both);
+          if constexpr (M::kFormed) {
+            lo = widen(lo, w[v]);
+            hi = widen(hi, w[v]);
+          }
+          if constexpr (M::kShifted) {
+            lo = add(lo, shift[v]);
+            hi = add(hi, shift[v]);
+          }
+          uint8_t* to = out + step * 2 * (kPanel * 4) + (n + v * kLanes) * 4;
+          store_i(to, lo);
+          store_i(to + kPanel * 4, hi);
         }
-        uint8_t* to = out + step * 2 * (kPanel * 4) + (n + v * kLanes) * 4;
-        store_i(to, lo);
-        store_i(to + kPanel * 4, hi);
-      }
+    }
   }
 }
 
@@ -205,7 +222,7 @@ template <class M, int kVecs, int... kRows>
 inline void block_rows(Task& t, int64_t b) {
   const Params& p = t.p;
   const uint8_t* block = p.w + p.panel.block(t.panel, b);
-  if constexpr (M::kWide) decode<M>(p.panel, block, t.bytes);
+  if constexpr (M::kWide) decode<M>(p.panel, t.groups, block, t.bytes);
   const uint8_t* next = block;
   int64_t r = 0;
   auto rows = [&](auto count) {
