@@ -70,17 +70,7 @@ def plan(source: Checkpoint, recipe: Recipe) -> list[Shard]:
     Raises CheckpointError: an unsupported architecture, a model that is quantised already, a
     tensor that is missing or cannot be quantised, a recipe that fits no linear of the model.
     """
-    config, file = source.config, source.config_file
-    if quantized := config.get("quantization_config"):
-        method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
-        raise CheckpointError(
-            f"{file}: quantization_config: expected a model in full precision, got {method!r}"
-        )
-    arch = presets.architecture(config, file)
-    count = config.get("num_hidden_layers")
-    if not isinstance(count, int) or count < 1:
-        raise CheckpointError(f"{file}: num_hidden_layers: expected a number, got {count!r}")
-    _require_tensors(source, arch, count)
+    arch, count = check_source(source)
     linears = list(_linears(source, arch, count, recipe))
 
     shard_of_layer = {arch.layer(i): i + 1 for i in range(count)}
@@ -102,6 +92,26 @@ def plan(source: Checkpoint, recipe: Recipe) -> list[Shard]:
         Shard(f"model-{i:05d}-of-{len(parts):05d}.safetensors", *part)
         for i, part in enumerate(parts, 1)
     ]
+
+
+def check_source(source: Checkpoint) -> tuple[presets.Architecture, int]:
+    """The architecture of a checkpoint in full precision, and how many layers it has.
+
+    Raises CheckpointError: an unsupported architecture, a model that is quantised already, a
+    tensor that is missing.
+    """
+    config, file = source.config, source.config_file
+    if quantized := config.get("quantization_config"):
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
+        raise CheckpointError(
+            f"{file}: quantization_config: expected a model in full precision, got {method!r}"
+        )
+    arch = presets.architecture(config, file)
+    count = config.get("num_hidden_layers")
+    if not isinstance(count, int) or count < 1:
+        raise CheckpointError(f"{file}: num_hidden_layers: expected a number, got {count!r}")
+    _require_tensors(source, arch, count)
+    return arch, count
 
 
 def is_tied(source: Checkpoint) -> bool:
