@@ -18,7 +18,7 @@ LINEARS = 42
 def check(answer: dict) -> None:
     """What must hold of a demo's JSON whatever computed it."""
     before, after, cached = answer["original"], answer["converted"], answer["cached"]
-    assert answer["recipe"] == "w4a8kv4"
+    assert answer["recipe"] == "w4a8kv4-rtn"
     assert 4 < before["ppl"] < 20
     assert 0.98 < after["ppl_ratio"] < 1.1
     assert after["ppl"] / before["ppl"] == pytest.approx(after["ppl_ratio"])

@@ -27,7 +27,7 @@ TEXT = 'def read_json(path):\n    """Read a JSON file."""\n    with open(path) a
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("kv") / "out"
-    answer_of(run("quantize", demo.MODEL, out, "--recipe", "w4a8kv4", "--json"))
+    answer_of(run("quantize", demo.MODEL, out, "--recipe", "w4a8kv4-rtn", "--json"))
     return out
 
 
@@ -39,7 +39,7 @@ def text(tmp_path_factory) -> Path:
 
 
 def test_a_recipe_carries_its_cache():
-    recipe = PRESETS["w4a8kv4"]
+    recipe = PRESETS["w4a8kv4-rtn"]
     assert Recipe.from_toml(recipe.to_toml()) == recipe
     assert recipe.to_dict()["cache"] == {"codec": recipe.cache}
     assert "cache" not in PRESETS["w4a8"].to_dict()
@@ -76,7 +76,7 @@ def test_a_codec_that_does_not_fit_the_model_is_refused_at_conversion(tmp_path):
     ],
 )
 def test_checkpoints_with_an_unknown_cache(cache, words: str):
-    d = QuantizationConfig(PRESETS["w4a8kv4"], {}).to_dict() | {"cache": cache}
+    d = QuantizationConfig(PRESETS["w4a8kv4-rtn"], {}).to_dict() | {"cache": cache}
     with pytest.raises(CheckpointError, match=words):
         QuantizationConfig.from_dict(d, "config.json")
 
@@ -93,7 +93,7 @@ def test_a_converted_model_runs_on_its_cache(converted, monkeypatch):
     prompt = ("generate", converted, "--prompt", TEXT, "--max-new-tokens", "12", "--json")
     answer = answer_of(run(*prompt))
     (cache,) = made
-    assert cache.codec.name == PRESETS["w4a8kv4"].cache
+    assert cache.codec.name == PRESETS["w4a8kv4-rtn"].cache
     assert cache.pages.main.layers[0].blob.dtype == torch.uint8
     assert answer["tokens"] == 12 and answer["steps"] is None
     assert cache.seen == answer["prompt_tokens"] + 11
@@ -127,12 +127,12 @@ def test_eval_through_caches(converted, text, tmp_path):
     records = json.loads(file.read_text())
     assert [r["kv"] for r in records] == [a["kv"] for a in answers]
     assert records[2]["ppl"] == pytest.approx(kv4["ppl"], abs=1e-6)
-    assert records[2]["recipe"] == "w4a8kv4" and records[2]["weight_bytes"] > 0
+    assert records[2]["recipe"] == "w4a8kv4-rtn" and records[2]["weight_bytes"] > 0
     table = accuracy.markdown(records)
-    assert f"| w4a8kv4 | `kv4` | 864 | 28.1% | {kv4['ppl']:.4f} |" in table
-    assert "| w4a8kv4 | `paper:kivi:4` |  |  |" in table
+    assert f"| w4a8kv4-rtn | `kv4` | 864 | 28.1% | {kv4['ppl']:.4f} |" in table
+    assert "| w4a8kv4-rtn | `paper:kivi:4` |  |  |" in table
     default = answer_of(run(*args, "--limit-tokens", "50", "--save", file))
-    assert default["kv"] == PRESETS["w4a8kv4"].cache
+    assert default["kv"] == PRESETS["w4a8kv4-rtn"].cache
     assert len(json.loads(file.read_text())) == 5 + (default["kv"] != "kv4")
 
 

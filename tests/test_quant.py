@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from tessella.formats import SCHEMES, W4Weight
 from tessella.layout import unpack_nibbles
+from tessella.quant import grid, rtn
 from tessella.quant import recipe as recipes
-from tessella.quant import rtn
 from tessella.quant.recipe import PRESETS, Recipe, RecipeError, Rtn
 from tessella.ref.w4ax_gemm import w4_dequant
 
@@ -96,23 +96,28 @@ def test_clipping_is_never_worse_than_the_full_range(scheme, args):
     assert rtn.relative_error(w_NK, clipped) <= full * (1 + 1e-5) + 1e-7
 
 
+@pytest.mark.parametrize("form", grid.FORMS)
 @pytest.mark.parametrize("ratio", [rtn.RATIOS[0], rtn.RATIOS[5], rtn.RATIOS[-1]])
-def test_every_twolevel_range_fits_a_byte(ratio):
+def test_every_twolevel_range_fits_a_byte(ratio, form):
     """All pairs lo <= hi within the protective range, in half units: no byte exceeds 255."""
     P = rtn.PROTECTIVE_RANGE
     ends = torch.arange(-2 * P, 2 * P + 1) / 2
     lo, hi = torch.meshgrid(ends, ends, indexing="ij")
     keep = lo <= hi
     lo, hi = (t[keep].view(1, -1, 1) for t in (lo, hi))
-    grid = rtn._grid(lo, hi, ratio, "twolevel")
-    top = grid.zero + 15 * grid.step
-    assert grid.zero.min() >= 0 and grid.step.min() >= 1 and grid.step.max() <= rtn.MAX_S1
+    g = grid.grid(lo, hi, ratio, "twolevel", form)
+    top = g.zero + 15 * g.step
+    assert g.zero.min() >= 0 and g.step.min() >= 1 and g.step.max() <= rtn.MAX_S1
     assert top.max() <= 255
+    if form == "prescale":
+        assert (g.offset % g.step == 0).all() and (g.offset <= 0).all(), "code z stands for zero"
+        lo, hi = lo.clamp(max=0), hi.clamp(min=0)
     if ratio == 1:
-        q = grid.position(torch.cat([lo, hi], 2)).round_().clamp_(0, 15)
-        error = q * grid.step + grid.offset - torch.cat([lo, hi], 2)
-        # rounding s1 down costs at most 15/2 at the top of the range, rounding a costs half
-        assert error.abs().max() <= 8
+        q = g.position(torch.cat([lo, hi], 2)).round_().clamp_(0, 15)
+        error = q * g.step + g.offset - torch.cat([lo, hi], 2)
+        # rounding s1 down costs at most 15/2 at the top of the range, rounding a costs half;
+        # a zero at a multiple of the step moves by up to half a step
+        assert error.abs().max() <= (8 if form != "prescale" else 16)
 
 
 @pytest.mark.parametrize("P, top", [(rtn.PROTECTIVE_RANGE, 254), (120, 256), (127, 262)])
@@ -172,7 +177,7 @@ def test_a_group_below_fp16_becomes_zeros(scheme):
 def test_results_do_not_depend_on_the_chunk(scheme, monkeypatch, rng):
     w = torch.randn(37, 200, generator=rng)
     whole = rtn.quantize(w, scheme)
-    monkeypatch.setattr(rtn, "CHUNK", 5 * 256)
+    monkeypatch.setattr(grid, "CHUNK", 5 * 256)
     parts = rtn.quantize(w, scheme)
     for field, t in whole.tensors().items():
         assert torch.equal(t, parts.tensors()[field]), field
@@ -210,7 +215,7 @@ def test_strided_weights(rng):
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_values_that_are_not_finite_are_named(scheme, bad, monkeypatch):
-    monkeypatch.setattr(rtn, "CHUNK", 2 * 128)
+    monkeypatch.setattr(grid, "CHUNK", 2 * 128)
     w = torch.ones(9, 100)
     w[7, 42] = bad
     with pytest.raises(ValueError, match=rf"finite.*got {bad} at row 7, column 42"):
@@ -229,7 +234,7 @@ def test_weights_too_large_for_fp16_scales_are_named():
     "w, scheme, clip, message",
     [
         (torch.ones(2, 2), "g7", "mse", r"scheme: expected one of channel, g32.*got 'g7'"),
-        (torch.ones(2, 2), "g32", "best", r"clip: expected one of mse, none, got 'best'"),
+        (torch.ones(2, 2), "g32", "best", r"clip: expected one of mse, none, output, got 'best'"),
         (torch.ones(2), "g32", "mse", r"w: expected a floating-point matrix .*\(2,\)"),
         (torch.ones(2, 2).int(), "g32", "mse", r"got torch.int32 \(2, 2\)"),
         (torch.ones(0, 2), "g32", "mse", r"got torch.float32 \(0, 2\)"),
@@ -299,10 +304,16 @@ def test_a_minimal_recipe_has_the_defaults():
         ('name = "x"\n[activations]\nk8 = "all"', r"k8: expected a number, got 'all'"),
         ('name = "x"\n[activations]\nk8 = 0.5', r"'token' has one scale per token"),
         ('name = "x"\nsteps = []', r"steps: expected exactly one step"),
-        ('name = "x"\n[[steps]]\nuse = "gptq"', r"steps.use: expected one of rtn, got 'gptq'"),
-        ('name = "x"\n[[steps]]\nclip = "mse"', r"steps.use: expected one of rtn, got None"),
+        (
+            'name = "x"\n[[steps]]\nuse = "gptk"',
+            r"steps.use: expected one of .*gptq, got 'gptk'",
+        ),
+        ('name = "x"\n[[steps]]\nclip = "mse"', r"steps.use: expected one of .*rtn, .*got None"),
         ('name = "x"\n[[steps]]\nuse = "rtn"\nbits = 4', r"expected fields use, clip, got 'bits'"),
-        ('name = "x"\n[[steps]]\nuse = "rtn"\nclip = "x"', r"clip: expected one of mse, none"),
+        (
+            'name = "x"\n[[steps]]\nuse = "rtn"\nclip = "x"',
+            r"one of mse, none, output, got",
+        ),
         ('name = "x"\n[[steps]]\nuse = "rtn"\n[[steps]]\nuse = "rtn"', r"exactly one step"),
         ("name = ", r"not valid TOML"),
     ],

@@ -55,7 +55,7 @@ QUICK_CTX = (16,)
 PHASES = ("decode", "prefill")
 RECIPES: dict[str, Recipe] = {
     "w4a8": dataclasses.replace(PRESETS["w4a8"], steps=(Rtn(clip="none"),)),
-    "w4a8kv4": dataclasses.replace(PRESETS["w4a8kv4"], steps=(Rtn(clip="none"),)),
+    "w4a8kv4": dataclasses.replace(PRESETS["w4a8kv4-rtn"], steps=(Rtn(clip="none"),)),
     "w4a8-head": dataclasses.replace(PRESETS["w4a8"], steps=(Rtn(clip="none"),), lm_head=True),
 }
 """Conversions measured: the linears of the layers, those over a coded cache, those and the head.

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from tessella.integrations.evaluate import EvalResult
 
 MODEL = Path(__file__).parents[1] / "data" / "pylm-6m"
-RECIPE = "w4a8kv4"
+RECIPE = "w4a8kv4-rtn"
 BOS = "<|endoftext|>"
 """What every training document of the bundled model began with."""
 PROMPT = 'def read_json(path):\n    """Read a JSON file."""\n    with open(path) as'

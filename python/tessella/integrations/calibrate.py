@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from tessella.integrations.text import read_documents
+from tessella.models.apply import Calibration
 from tessella.models.checkpoint import Checkpoint
 from tessella.models.hub import resolve
 from tessella.models.plan import check_source
@@ -119,6 +120,23 @@ def batches_of(path: str, text: Path, samples: int = SAMPLES, ctx: int = CTX) ->
     config = AutoConfig.from_pretrained(resolve(path))
     longest = getattr(config, "max_position_embeddings", None) or ctx
     return token_batches(tokenizer, read_documents(text), samples, min(ctx, longest))
+
+
+def calibration(
+    path: str,
+    text: Path,
+    *,
+    samples: int = SAMPLES,
+    ctx: int = CTX,
+    device: str = "cpu",
+    cache: Path | None = None,
+) -> Calibration:
+    """What :func:`tessella.models.convert.convert` takes to calibrate a checkpoint on a text.
+
+    Raises TextError, CalibrationError and CheckpointError.
+    """
+    batches = batches_of(path, text, samples, ctx)
+    return Calibration(CheckpointStream(path, device), batches, cache)
 
 
 def calibrate(

@@ -7,6 +7,7 @@ conversion is interrupted, and docs/formats.md for what is written.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -20,14 +21,16 @@ from torch import Tensor
 
 from tessella._version import __version__
 from tessella.formats import FORMAT_VERSION
+from tessella.models.apply import Applier, Calibration, memory_estimate
 from tessella.models.checkpoint import CONFIG, INDEX, Checkpoint
-from tessella.models.config import QuantizationConfig
+from tessella.models.config import LayerFormat, QuantizationConfig
 from tessella.models.errors import CheckpointError, ConversionError
 from tessella.models.hub import CARRIED, resolve
 from tessella.models.partial import Partial, check_target, free_bytes
-from tessella.models.plan import Linear, Shard, plan
+from tessella.models.plan import Linear, Shard, check_source, is_tied, plan
 from tessella.models.report import LayerRecord, Progress, Report, peak_rss
 from tessella.quant import kv
+from tessella.quant.calibrate import CalibrationError
 from tessella.quant.recipe import Recipe
 from tessella.quant.rtn import relative_error
 
@@ -44,6 +47,7 @@ def convert(
     resume: bool = False,
     dry_run: bool = False,
     progress: Callable[[Progress], None] | None = None,
+    calibration: Calibration | None = None,
 ) -> Report:
     """Convert a checkpoint into the folder `out`.
 
@@ -57,6 +61,8 @@ def convert(
         dry_run: check everything that can be checked without reading weights, and report sizes;
             nothing is written.
         progress: called after every linear.
+        calibration: text through the model, for recipes whose steps need it; for others it makes
+            the report tell errors of results.
 
     Raises:
         ConversionError: for everything that can be wrong with source, recipe, target, device or
@@ -69,12 +75,13 @@ def convert(
     try:
         source = Checkpoint.open(resolve(model))
         _check_cache(source, recipe)
+        _check_calibration(recipe, calibration)
         shards = plan(source, recipe)
         if dry_run:
             layers = [_record(linear, None) for shard in shards for linear in shard.linears]
         else:
-            layers = _run(source, shards, recipe, target, device, resume, progress)
-    except CheckpointError as e:
+            layers = _run(source, shards, recipe, target, device, resume, progress, calibration)
+    except (CheckpointError, CalibrationError) as e:
         raise ConversionError(str(e)) from e
     return Report(
         layers=layers,
@@ -82,6 +89,7 @@ def convert(
         bytes_out=sum(shard.nbytes for shard in shards),
         seconds=time.perf_counter() - started,
         peak_rss=peak_rss(),
+        memory_estimate=memory_estimate(source, shards, recipe, calibration),
     )
 
 
@@ -93,9 +101,11 @@ def _run(
     device: str,
     resume: bool,
     progress: Callable[[Progress], None] | None,
+    calibration: Calibration | None,
 ) -> list[LayerRecord]:
     """Write every shard that is not finished yet, then the small files, then publish."""
     records: list[LayerRecord] = []
+    formats: dict[str, LayerFormat] = {}
     total, bytes_done = sum(len(shard.linears) for shard in shards), 0
 
     def advance(record: LayerRecord, nbytes: int) -> None:
@@ -105,25 +115,59 @@ def _run(
         if progress:
             progress(Progress(len(records), total, record.name, bytes_done))
 
-    with Partial(target, _fingerprint(source, recipe, device), resume) as partial:
+    with Partial(target, _fingerprint(source, recipe, device, calibration), resume) as partial:
         _check_space(shards, partial)
+        stats = None
+        if calibration is not None:
+            todo = [shard for shard in shards if shard.file not in partial.finished]
+            count = check_source(source)[1]
+            needed = {count if shard.layer is None else shard.layer for shard in todo}
+            if not any(shard.layer is None and shard.linears for shard in todo):
+                needed -= {count}
+            stats = calibration.collect(recipe, needed.__contains__)
+        applier = Applier(source, recipe, device, stats)
         for shard in shards:
             bytes_done += sum(info.nbytes for info in shard.copied.values())
             if finished := partial.finished.get(shard.file):
-                for linear, rel_error in zip(shard.linears, finished["rel_errors"]):
-                    advance(_record(linear, rel_error), source.tensors[linear.source].nbytes)
+                for linear, record in zip(shard.linears, finished["records"]):
+                    advance(
+                        LayerRecord(**record | {"shape": linear.shape}),
+                        source.tensors[linear.source].nbytes,
+                    )
+                formats |= {name: LayerFormat(**f) for name, f in finished["formats"].items()}
                 continue
-            tensors, first = {}, len(records)
-            for linear in shard.linears:
-                converted, rel_error = _quantize(source, linear, recipe, device)
-                tensors.update(converted)
-                advance(_record(linear, rel_error), source.tensors[linear.source].nbytes)
-            tensors.update({name: source.read(name) for name in shard.copied})
-            rel_errors = [record.rel_error for record in records[first:]]
-            partial.write_shard(shard.file, tensors, {"rel_errors": rel_errors})
-        _write_small_files(source, shards, recipe, partial)
+            first = len(records)
+            if recipe.changes or calibration:
+                tensors, stored = applier.shard(shard, advance)
+            else:
+                tensors, stored = _plain(source, shard, recipe, device, advance)
+            formats |= stored
+            made = {
+                "records": [dataclasses.asdict(record) for record in records[first:]],
+                "formats": {name: dataclasses.asdict(f) for name, f in stored.items()},
+            }
+            partial.write_shard(shard.file, tensors, made)
+            del tensors
+        _write_small_files(source, shards, recipe, partial, formats)
         partial.publish()
     return records
+
+
+def _plain(
+    source: Checkpoint,
+    shard: Shard,
+    recipe: Recipe,
+    device: str,
+    advance: Callable[[LayerRecord, int], None],
+) -> tuple[dict[str, Tensor], dict[str, LayerFormat]]:
+    """A shard's tensors and formats where weights do not depend on each other."""
+    tensors = {}
+    for linear in shard.linears:
+        converted, rel_error = _quantize(source, linear, recipe, device)
+        tensors.update(converted)
+        advance(_record(linear, rel_error), source.tensors[linear.source].nbytes)
+    tensors.update({name: source.read(name) for name in shard.copied})
+    return tensors, {linear.name: linear.format for linear in shard.linears}
 
 
 def _quantize(
@@ -145,7 +189,11 @@ def _record(linear: Linear, rel_error: float | None) -> LayerRecord:
 
 
 def _write_small_files(
-    source: Checkpoint, shards: list[Shard], recipe: Recipe, partial: Partial
+    source: Checkpoint,
+    shards: list[Shard],
+    recipe: Recipe,
+    partial: Partial,
+    formats: dict[str, LayerFormat],
 ) -> None:
     """The index, config.json, and what is carried over: tokenizer, chat template, licence."""
     index = {
@@ -153,11 +201,11 @@ def _write_small_files(
         "weight_map": {name: shard.file for shard in shards for name in sorted(shard.sizes)},
     }
     partial.write_text(INDEX, json.dumps(index, indent=2) + "\n")
-    layers = {linear.name: linear.format for shard in shards for linear in shard.linears}
     config: dict[str, Any] = dict(source.config)
-    if any(linear.name + ".weight" != linear.source for s in shards for linear in s.linears):
+    own = any(linear.name + ".weight" != linear.source for s in shards for linear in s.linears)
+    if own or (recipe.turns and is_tied(source)):
         config["tie_word_embeddings"] = False
-    config["quantization_config"] = QuantizationConfig(recipe, layers).to_dict()
+    config["quantization_config"] = QuantizationConfig(recipe, formats).to_dict()
     partial.write_text(CONFIG, json.dumps(config, indent=2) + "\n")
     for pattern in CARRIED:
         for file in sorted(source.path.glob(pattern)):
@@ -175,6 +223,16 @@ def _check_cache(source: Checkpoint, recipe: Recipe) -> None:
         kv.parse(recipe.cache).check(D)
     except kv.CodecError as e:
         raise CheckpointError(f"{source.path / CONFIG}: {e}") from None
+
+
+def _check_calibration(recipe: Recipe, calibration: Calibration | None) -> None:
+    """Refuse (ConversionError) a recipe whose steps need inputs that nobody gave."""
+    if recipe.needs and calibration is None:
+        steps = [s["use"] for s, step in zip(recipe.to_dict()["steps"], recipe.steps) if step.needs]
+        raise ConversionError(
+            f"recipe {recipe.name!r}: {', '.join(steps)}: expected a calibration text (--calib "
+            "FILE), got none; 'w4a8' and 'w4a8kv4-rtn' need none"
+        )
 
 
 def _check_device(device: str) -> None:
@@ -197,12 +255,15 @@ def _check_space(shards: list[Shard], partial: Partial) -> None:
         )
 
 
-def _fingerprint(source: Checkpoint, recipe: Recipe, device: str) -> dict[str, Any]:
+def _fingerprint(
+    source: Checkpoint, recipe: Recipe, device: str, calibration: Calibration | None
+) -> dict[str, Any]:
     """What the bytes of the result depend on, by topic."""
     files = sorted({info.file for info in source.tensors.values()})
     files += [source.path / CONFIG]
     return {
         "recipe": recipe.to_dict(),
+        "calibration": calibration and calibration.digest(),
         "source": {file.name: _file_fingerprint(file) for file in files},
         "tessella version": __version__,
         "format version": FORMAT_VERSION,

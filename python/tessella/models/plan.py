@@ -12,6 +12,7 @@ from tessella.models import presets
 from tessella.models.checkpoint import Checkpoint, TensorInfo
 from tessella.models.config import LayerFormat
 from tessella.models.errors import CheckpointError
+from tessella.quant.calibrate import SITES
 from tessella.quant.recipe import Recipe
 
 FLOATS = ("F64", "F32", "F16", "BF16")
@@ -31,6 +32,8 @@ class Linear:
     def sizes(self) -> dict[str, int]:
         """Bytes of each tensor that will store it."""
         spec = W4Weight.spec(self.format.scheme, *self.shape)
+        if self.format.perm:
+            spec["perm"] = (torch.int32, self.shape[1:])
         return {
             f"{self.name}.{field}": torch.Size(shape).numel() * dtype.itemsize
             for field, (dtype, shape) in spec.items()
@@ -44,11 +47,16 @@ class Linear:
 
 @dataclass(frozen=True)
 class Shard:
-    """One file of the result: tensors to copy, and linears to quantise."""
+    """One file of the result: tensors to copy, and linears to quantise.
+
+    `copied` has for each name the tensor of the source that it comes from; steps of a recipe may
+    change it on the way. `layer` is the decoder layer's number, None outside of layers.
+    """
 
     file: str
     copied: dict[str, TensorInfo]
     linears: list[Linear]
+    layer: int | None = None
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -85,12 +93,19 @@ def plan(source: Checkpoint, recipe: Recipe) -> list[Shard]:
     replaced = {f"{linear.name}.weight" for linear in linears}
     for name in sorted(source.tensors.keys() - replaced):
         parts[shard_number(name)][0][name] = source.tensors[name]
+    if recipe.turns and is_tied(source) and not recipe.lm_head:
+        # embedding and head change differently, so the head gets a weight of its own
+        parts[count + 1][0][f"{arch.head}.weight"] = source.tensors[f"{arch.embedding}.weight"]
     for linear in linears:
         parts[shard_number(f"{linear.name}.")][1].append(linear)
-    parts = [part for part in parts if any(part)]
+    used = [i for i, part in enumerate(parts) if any(part)]
     return [
-        Shard(f"model-{i:05d}-of-{len(parts):05d}.safetensors", *part)
-        for i, part in enumerate(parts, 1)
+        Shard(
+            f"model-{number:05d}-of-{len(used):05d}.safetensors",
+            *parts[i],
+            layer=i - 1 if 1 <= i <= count else None,
+        )
+        for number, i in enumerate(used, 1)
     ]
 
 
@@ -154,5 +169,6 @@ def _linears(
                 f"{', '.join(FLOATS)}, got {info.dtype} {info.shape}"
             )
         N, K = info.shape
-        layer_format = LayerFormat(recipe.scheme, recipe.granularity, recipe.k8_of(K))
+        perm = any(name.endswith(f".{part}") for site in recipe.permutes for part in SITES[site])
+        layer_format = LayerFormat(recipe.scheme, recipe.granularity, recipe.k8_of(K), perm)
         yield Linear(name, origin[name], (N, K), layer_format)

@@ -21,24 +21,34 @@ class Progress:
 
 @dataclass(frozen=True)
 class LayerRecord:
-    """One converted linear. `rel_error` is ||w' - w|| / ||w|| (None in a dry run)."""
+    """One converted linear. `rel_error` is ||w' - w|| / ||w|| (None in a dry run).
+
+    With a calibration `before` and `after` are relative errors of the results on its inputs,
+    activations quantised: of rounding to nearest without any step, and of what was stored.
+    """
 
     name: str
     shape: tuple[int, int]  # N, K
     scheme: str
     rel_error: float | None
     bytes: int  # stored, scales included
+    before: float | None = None
+    after: float | None = None
 
 
 @dataclass(frozen=True)
 class Report:
-    """Sizes are bytes of tensors; `peak_rss` is this process's largest resident set in bytes."""
+    """Sizes are bytes of tensors; `peak_rss` is this process's largest resident set in bytes.
+
+    `memory_estimate` is what the conversion was expected to take, in bytes.
+    """
 
     layers: list[LayerRecord]
     bytes_in: int
     bytes_out: int
     seconds: float
     peak_rss: int
+    memory_estimate: int = 0
 
     def to_json(self) -> str:
         """The report as one JSON object."""

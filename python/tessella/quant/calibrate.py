@@ -317,12 +317,18 @@ class _Collector:
         return LayerStats(index, sites, self.key_radius)
 
 
-def _key(stream: Stream, batches: Sequence[Tensor], wants: frozenset[str] | set[str]) -> str:
-    digest = hashlib.sha256(f"{CACHE_VERSION} {sorted(wants)} {stream.identity()}".encode())
+def digest_of(batches: Sequence[Tensor]) -> str:
+    """A digest of token ids."""
+    digest = hashlib.sha256()
     for b in batches:
         digest.update(str(tuple(b.shape)).encode())
         digest.update(b.to(torch.int64).cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:32]
+    return digest.hexdigest()
+
+
+def _key(stream: Stream, batches: Sequence[Tensor], wants: frozenset[str] | set[str]) -> str:
+    parts = f"{CACHE_VERSION} {sorted(wants)} {stream.identity()} {digest_of(batches)}"
+    return hashlib.sha256(parts.encode()).hexdigest()[:32]
 
 
 def _file(folder: Path, index: int) -> Path:

@@ -20,14 +20,14 @@ in the checkpoint's config::
 
     [[steps]]
     use = "rtn"                 # round to nearest
-    clip = "mse"                # mse, none
+    clip = "mse"                # mse, none; output with a calibration
 """
 
 from __future__ import annotations
 
 import dataclasses
 import fnmatch
-import math
+import itertools
 import os
 import sys
 from dataclasses import dataclass
@@ -37,17 +37,17 @@ from typing import Any
 import tomli_w
 from torch import Tensor
 
-from tessella.formats import BLOCK_K, GRANULARITIES, SCHEMES, W4Weight, padded_k
-from tessella.quant import kv, rtn
+from tessella.formats import GRANULARITIES, SCHEMES, W4Weight
+from tessella.quant import kv
+from tessella.quant.calibrate import Stats
+from tessella.quant.layer import Target
+from tessella.quant.qoq import Reorder, Rotate, SmoothAttention, SmoothOutput
+from tessella.quant.steps import CODES, Gptq, RecipeError, Rtn, Step, expect_one_of
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
-
-
-class RecipeError(ValueError):
-    """A recipe that does not exist or does not make sense; the message is for the user."""
 
 
 def _fields(where: str, d: Any, valid: tuple[str, ...]) -> dict[str, Any]:
@@ -60,11 +60,6 @@ def _fields(where: str, d: Any, valid: tuple[str, ...]) -> dict[str, Any]:
     return d
 
 
-def _expect_one_of(where: str, value: Any, valid) -> None:
-    if not isinstance(value, str) or value not in valid:
-        raise RecipeError(f"recipe: {where}: expected one of {', '.join(valid)}, got {value!r}")
-
-
 def _check_codec(name: Any) -> None:
     try:
         kv.parse(name if isinstance(name, str) else "")
@@ -72,25 +67,61 @@ def _check_codec(name: Any) -> None:
         raise RecipeError(f"recipe: cache.codec: {e}") from None
 
 
-@dataclass(frozen=True)
-class Rtn:
-    """Step that turns weights into codes by rounding to nearest (:mod:`tessella.quant.rtn`)."""
+STEPS: dict[str, type[Step]] = {
+    "rotate": Rotate,
+    "smooth_attention": SmoothAttention,
+    "smooth_output": SmoothOutput,
+    "reorder": Reorder,
+    "rtn": Rtn,
+    "gptq": Gptq,
+}
+"""Every step that a recipe can use (:mod:`tessella.quant.steps`), in an order that is possible."""
 
-    clip: str = "mse"
+UNSUPPORTED = {
+    "w4a16": "no kernel multiplies 4-bit weights by 16-bit activations; use 'w4a8' or 'w4a8-qoq', "
+    "whose activations are INT8",
+    "w8a8": "no format stores 8-bit weights; use 'w4a8' or 'w4a8-qoq', 4-bit weights with INT8 "
+    "activations",
+}
+"""Recipes that users ask for by name and no kernel can honour yet, and why."""
 
-    def __post_init__(self):
-        _expect_one_of("steps.rtn.clip", self.clip, rtn.CLIPS)
 
-    def quantize(self, w_NK: Tensor, scheme: str) -> W4Weight:
-        """[N, K] floats -> codes. Raises ValueError on weights that cannot be quantised."""
-        return rtn.quantize(w_NK, scheme, self.clip)
+def _check_steps(recipe: Recipe) -> None:
+    """Raise RecipeError unless the steps can follow each other and fit the rest."""
+    steps, names = recipe.steps, [_step_name(s) for s in recipe.steps]
+    makers = [s.stage == CODES for s in steps]
+    if not makers or not makers[-1] or any(makers[:-1]):
+        raise RecipeError(
+            "recipe: steps: expected exactly one step that makes the codes "
+            f"({', '.join(n for n, s in STEPS.items() if s.stage == CODES)}), as the last one, "
+            f"got {names}"
+        )
+    if repeated := sorted({n for n in names if names.count(n) > 1}):
+        raise RecipeError(f"recipe: steps: expected each step once, got {repeated[0]!r} twice")
+    for (first, a), (second, b) in itertools.pairwise(zip(names, steps)):
+        if a.stage > b.stage:
+            raise RecipeError(
+                f"recipe: steps: {second!r} cannot follow {first!r}: expected the order "
+                f"{', '.join(n for n in STEPS if n in names)}"
+            )
+    for step in steps:
+        step.check(recipe.scheme)
+        if step.mixed and recipe.granularity == "token":
+            raise RecipeError(
+                "recipe: activations.granularity: 'token' has one scale per token and needs one "
+                f"precision, but {_step_name(step)!r} mixes two; use 'class' or 'block'"
+            )
 
 
-STEPS = {"rtn": Rtn}
-"""Every step that a recipe can use: a frozen dataclass whose fields are its options.
+def _options(step: Step) -> dict[str, Any]:
+    """A step's options as plain values."""
+    options = dataclasses.asdict(step)
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in options.items()}
 
-A step with a method ``quantize(w_NK, scheme) -> W4Weight`` makes the codes; it comes last.
-"""
+
+def _step_name(step: object) -> str:
+    names = {cls: name for name, cls in STEPS.items()}
+    return names.get(type(step), type(step).__name__)
 
 
 @dataclass(frozen=True)
@@ -106,14 +137,14 @@ class Recipe:
     k8: float = 1.0
     lm_head: bool = False
     skip: tuple[str, ...] = ()
-    steps: tuple[Rtn, ...] = (Rtn(),)
+    steps: tuple[Step, ...] = (Rtn(),)
     cache: str | None = None
 
     def __post_init__(self):
         if not isinstance(self.name, str) or not self.name:
             raise RecipeError(f"recipe: name: expected a non-empty string, got {self.name!r}")
-        _expect_one_of("weights.scheme", self.scheme, SCHEMES)
-        _expect_one_of("activations.granularity", self.granularity, GRANULARITIES)
+        expect_one_of("weights.scheme", self.scheme, SCHEMES)
+        expect_one_of("activations.granularity", self.granularity, GRANULARITIES)
         if isinstance(self.k8, bool) or not isinstance(self.k8, int | float):
             raise RecipeError(f"recipe: activations.k8: expected a number, got {self.k8!r}")
         if not 0 <= self.k8 <= 1:
@@ -136,13 +167,32 @@ class Recipe:
         if self.cache is not None:
             _check_codec(self.cache)
         object.__setattr__(self, "steps", tuple(self.steps))
-        makers = [hasattr(step, "quantize") for step in self.steps]
-        if not makers or not makers[-1] or any(makers[:-1]):
-            names = [_step_name(s) for s in self.steps]
-            raise RecipeError(
-                "recipe: steps: expected exactly one step that makes the codes, as the last one, "
-                f"got {names}"
-            )
+        _check_steps(self)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What its steps need of a calibration; empty: no text is needed."""
+        return frozenset().union(*(step.needs for step in self.steps))
+
+    @property
+    def permutes(self) -> frozenset[str]:
+        """Sites whose activations are permuted at run time."""
+        return frozenset().union(*(step.permutes for step in self.steps))
+
+    @property
+    def turns(self) -> bool:
+        """Whether embedding and output head change too."""
+        return any(step.turns for step in self.steps)
+
+    @property
+    def changes(self) -> tuple[Step, ...]:
+        """The steps before the one that makes the codes."""
+        return self.steps[:-1]
+
+    @property
+    def target(self) -> Target:
+        """What is stored and run."""
+        return Target(self.scheme, self.granularity, self.k8)
 
     def skips(self, module: str) -> bool:
         """Whether the linear of this module name keeps its precision."""
@@ -150,13 +200,11 @@ class Recipe:
 
     def k8_of(self, K: int) -> int:
         """INT8 channels of a linear with K in features, whole blocks of 128; -1 means all."""
-        if self.k8 == 1:
-            return -1
-        return math.ceil(self.k8 * padded_k(K) / BLOCK_K) * BLOCK_K
+        return self.target.k8_of(K)
 
-    def quantize(self, w_NK: Tensor) -> W4Weight:
+    def quantize(self, w_NK: Tensor, stats: Stats | None = None) -> W4Weight:
         """One weight [N, K] through the step that makes the codes (ValueError: bad weights)."""
-        return self.steps[-1].quantize(w_NK, self.scheme)
+        return self.steps[-1].quantize(w_NK, self.scheme, stats)
 
     def to_dict(self) -> dict[str, Any]:
         """Nested plain values: what TOML and the checkpoint's config hold."""
@@ -166,7 +214,7 @@ class Recipe:
             "weights": {"scheme": self.scheme, "lm_head": self.lm_head, "skip": list(self.skip)},
             "activations": {"granularity": self.granularity, "k8": self.k8},
             **cache,
-            "steps": [{"use": _step_name(s), **dataclasses.asdict(s)} for s in self.steps],
+            "steps": [{"use": _step_name(s), **_options(s)} for s in self.steps],
         }
 
     def to_toml(self) -> str:
@@ -203,6 +251,9 @@ class Recipe:
         return cls.from_dict(d)
 
 
+QOQ = (Rotate(), SmoothOutput(), Reorder(), Gptq())
+"""QoQ's steps for weights and activations; a 4-bit cache adds SmoothAttention."""
+
 PRESETS: dict[str, Recipe] = {
     r.name: r
     for r in (
@@ -211,7 +262,9 @@ PRESETS: dict[str, Recipe] = {
         Recipe("w4a8-channel", scheme="channel"),
         Recipe("w4a8-b128", granularity="block"),
         Recipe("w4a4", granularity="block", k8=0.0),
-        Recipe("w4a8kv4", cache=kv.DEFAULT),
+        Recipe("w4a8kv4-rtn", cache=kv.DEFAULT),
+        Recipe("w4a8-qoq", steps=QOQ),
+        Recipe("w4a8kv4", steps=(QOQ[0], SmoothAttention(), *QOQ[1:]), cache=kv.DEFAULT),
     )
 }
 """Recipes by name. ``w4a8`` (two-level scales, per-token INT8) is what the kernels favour."""
@@ -225,6 +278,8 @@ def load(name_or_path: str | os.PathLike) -> Recipe:
     """
     if str(name_or_path) in PRESETS:
         return PRESETS[str(name_or_path)]
+    if reason := UNSUPPORTED.get(str(name_or_path)):
+        raise RecipeError(f"recipe: {str(name_or_path)!r}: {reason}")
     path = Path(name_or_path)
     if path.suffix != ".toml" and not path.is_file():
         raise RecipeError(
@@ -238,15 +293,10 @@ def load(name_or_path: str | os.PathLike) -> Recipe:
         raise RecipeError(f"{path}: {e}") from None
 
 
-def _step_name(step: object) -> str:
-    names = {cls: name for name, cls in STEPS.items()}
-    return names.get(type(step), type(step).__name__)
-
-
 def _step(d: Any) -> Any:
     """One entry of `steps` as its dataclass."""
     use = d.get("use") if isinstance(d, dict) else None
-    _expect_one_of("steps.use", use, STEPS)
+    expect_one_of("steps.use", use, STEPS)
     cls = STEPS[use]
     options = _fields(f"steps.{use}", d, ("use", *(f.name for f in dataclasses.fields(cls))))
     return cls(**{k: v for k, v in options.items() if k != "use"})
