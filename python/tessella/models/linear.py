@@ -110,8 +110,14 @@ class W4AxLinear(nn.Module):
     def from_linear(cls, linear: nn.Linear, recipe: Recipe) -> W4AxLinear:
         """Quantise a linear layer as `recipe` says; the bias keeps its dtype.
 
-        Raises ValueError when the weights cannot be quantised (a NaN or an inf).
+        Raises ValueError when the weights cannot be quantised (a NaN or an inf), or the recipe has
+        steps that change more than this linear.
         """
+        if recipe.changes or recipe.needs:
+            raise ValueError(
+                f"W4AxLinear: recipe {recipe.name!r} has steps that change whole layers or look at "
+                "their inputs; convert a checkpoint with it"
+            )
         weight = recipe.quantize(linear.weight.detach())
         k8 = recipe.k8_of(linear.in_features)
         return cls(weight, k8=k8, granularity=recipe.granularity, bias=linear.bias)
