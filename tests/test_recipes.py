@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 import tiny
 from command import answer_of, run
 from tessella.integrations import calibrate, hf
+from tessella.integrations.text import read_documents
 from tessella.models import apply
 from tessella.models import convert as converting
 from tessella.models.apply import Calibration
@@ -63,7 +64,9 @@ def text(tmp_path_factory) -> Path:
 
 
 def calibration(folder: Path, text: Path, cache: Path | None = None) -> Calibration:
-    return calibrate.calibration(str(folder), text, samples=6, ctx=64, cache=cache)
+    """What the command makes of a text, with the tokenizer that the checkpoint was saved with."""
+    batches = calibrate.token_batches(tiny.tokenizer(), read_documents(text), 6, 64)
+    return Calibration(calibrate.CheckpointStream(str(folder)), batches, cache)
 
 
 def distance(folder: Path, out: Path) -> float:
@@ -91,7 +94,7 @@ def test_presets_convert_load_save_and_generate(name, llama, text, tmp_path):
     assert torch.equal(again.generate(ids, max_new_tokens=5, do_sample=False), tokens)
     stored = json.loads((tmp_path / "again" / "config.json").read_text())["quantization_config"]
     assert Recipe.from_dict(stored["recipe"]) == recipe
-    assert distance(llama, tmp_path / "out") < (0.6 if recipe.k8 == 0 else 0.2)
+    assert distance(llama, tmp_path / "out") < (0.8 if recipe.k8 == 0 else 0.4)
     assert all((r.after is not None) == bool(recipe.needs) for r in report.layers)
 
 
@@ -119,7 +122,7 @@ def test_linears_that_keep_their_precision(llama, text, tmp_path):
     """Skipped linears take part in the folds, and nobody permutes their inputs."""
     recipe = dataclasses.replace(EVERYTHING, skip=("*.o_proj", "*.up_proj", "*.0.self_attn.k_proj"))
     convert(llama, tmp_path / "out", recipe, calibration=calibration(llama, text))
-    assert distance(llama, tmp_path / "out") < 0.15
+    assert distance(llama, tmp_path / "out") < 0.25
 
 
 def test_without_steps_a_calibration_changes_no_byte(llama, text, tmp_path):
@@ -180,7 +183,7 @@ def test_a_tied_head_is_untied_by_a_rotation(tmp_path, text):
     convert(tmp_path / "model", tmp_path / "out", recipe)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["tie_word_embeddings"] is False
-    assert distance(tmp_path / "model", tmp_path / "out") < 0.2
+    assert distance(tmp_path / "model", tmp_path / "out") < 0.35
 
 
 @pytest.mark.parametrize("name", [n for n, r in PRESETS.items() if r.needs])

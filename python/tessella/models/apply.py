@@ -260,7 +260,7 @@ def memory_estimate(
         if calibration is not None and shard.layer is not None:
             K = [linear.shape[1] for linear in shard.linears] or [0]
             hessian = 4 * max(K) ** 2 if "hessian" in recipe.needs else 0
-            work += weights + 5 * hessian
+            work += weights + 7 * hessian  # itself, its factors, and their inverse
         largest = max(largest, work)
     hidden = 0
     if calibration is not None:
