@@ -264,7 +264,7 @@ PRESETS: dict[str, Recipe] = {
         Recipe("w4a4", granularity="block", k8=0.0),
         Recipe("w4a8kv4-rtn", cache=kv.DEFAULT),
         Recipe("w4a8-qoq", steps=QOQ),
-        Recipe("w4a8kv4", steps=(QOQ[0], SmoothAttention(), *QOQ[1:]), cache=kv.DEFAULT),
+        Recipe("w4a8kv4", steps=(QOQ[0], SmoothAttention(), *QOQ[1:]), cache="kv4"),
     )
 }
 """Recipes by name. ``w4a8`` (two-level scales, per-token INT8) is what the kernels favour."""
