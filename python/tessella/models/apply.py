@@ -113,7 +113,7 @@ class Applier:
         return layer
 
     def _next(self, index: int) -> LayerStats | None:
-        found = None if self.stats is None else next(self.stats)
+        found = None if self.stats is None else next(self.stats).to(self.device)
         if found is not None and found.index != index:
             raise AssertionError(f"statistics of layer {found.index} instead of {index}")
         return found

@@ -94,6 +94,11 @@ class Stats:
             self.hessian = turn(turn(self.hessian).T.contiguous())
             self.moment = self.hessian.diagonal().clamp_min(0).clone()
 
+    def to(self, device: str | torch.device) -> None:
+        """Move to a device."""
+        for name, t in self.tensors().items():
+            setattr(self, name, t.to(device))
+
     def tensors(self) -> dict[str, Tensor]:
         """The tensors by field name, an absent Hessian left out."""
         return {k: t for k, t in vars(self).items() if isinstance(t, Tensor)}
@@ -107,6 +112,14 @@ class LayerStats:
     sites: dict[str, Stats] = field(default_factory=dict)
     key_radius: Tensor | None = None
     """[J, D/2]: over all tokens the largest length of the pair (k_i, k_(i+D/2)) that RoPE turns."""
+
+    def to(self, device: str | torch.device) -> LayerStats:
+        """Move to a device (cached statistics come on the CPU); returns itself."""
+        for stats in self.sites.values():
+            stats.to(device)
+        if self.key_radius is not None:
+            self.key_radius = self.key_radius.to(device)
+        return self
 
 
 class Stream(Protocol):
