@@ -13,6 +13,7 @@ from tessella.cli.loading import Device, DeviceOption, check_device
 from tessella.cli.session import Debug, Json, session
 
 if TYPE_CHECKING:
+    from tessella.models.apply import Calibration
     from tessella.models.report import Progress, Report
 
 
@@ -74,38 +75,30 @@ def quantize(
         if lm_head:
             wanted = dataclasses.replace(wanted, lm_head=True)
         where = check_device(device)
-        calibration = None
-        if calib is not None:
-            from tessella.integrations import calibrate
-
-            calibration = calibrate.calibration(
-                model,
-                calib,
-                samples=calib_samples,
-                ctx=calib_ctx,
-                device=where,
-                cache=calib_cache,
-            )
+        seen = _calibration(model, calib, calib_samples, calib_ctx, where, calib_cache)
         with s.progress("linears") as bar:
             task = bar.add_task("converting", total=None)
 
             def show(p: Progress) -> None:
                 bar.update(task, completed=p.done, total=p.total, description=p.name)
 
-            report = convert(
-                model,
-                out,
-                wanted,
-                device=where,
-                resume=resume,
-                dry_run=dry_run,
-                progress=show,
-                calibration=calibration,
-            )
+            how = {"resume": resume, "dry_run": dry_run, "progress": show, "calibration": seen}
+            report = convert(model, out, wanted, device=where, **how)
         if not quiet:
             s.show(_layers(report))
         s.show(_summary(report, None if dry_run else out))
         s.answer({**dataclasses.asdict(report), "recipe": wanted.to_dict()})
+
+
+def _calibration(
+    model: str, text: Path | None, samples: int, ctx: int, device: str, cache: Path | None
+) -> Calibration | None:
+    """The model and the text to send through it; None without a text."""
+    if text is None:
+        return None
+    from tessella.integrations import calibrate
+
+    return calibrate.calibration(model, text, samples=samples, ctx=ctx, device=device, cache=cache)
 
 
 def _layers(report: Report) -> Table:

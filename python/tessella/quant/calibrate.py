@@ -143,7 +143,7 @@ class Stream(Protocol):
         """What the output head reads."""
 
 
-class ModuleStream:
+class ModuleStream(Stream):
     """A :class:`Stream` of a causal language model in memory, built as Llama's are.
 
     Args:
