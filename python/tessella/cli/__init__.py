@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from tessella.cli import bench, demo, eval, generate, info, plan, quantize, tune
+from tessella.cli import bench, demo, eval, generate, info, outliers, plan, quantize, tune
 
 app = typer.Typer(
     name="tessella",
@@ -20,6 +20,7 @@ app = typer.Typer(
 app.command("demo")(demo.demo)
 app.command("info")(info.info)
 app.command("quantize")(quantize.quantize)
+app.command("outliers")(outliers.outliers)
 app.command("generate")(generate.generate)
 app.command("eval")(eval.evaluate)
 app.add_typer(plan.app, name="plan")
