@@ -215,6 +215,7 @@ class _Staged(nn.Module):
             k8=self.format.k8,
             granularity=self.format.granularity,
             perm=perm,
+            hadamard=self.format.hadamard,
             bias=self.bias,
         ).train(self.training)
         if hook := getattr(self, "_hf_hook", None):  # accelerate's, for several devices

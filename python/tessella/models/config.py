@@ -25,6 +25,12 @@ class LayerFormat:
     granularity: str = "token"
     k8: int = -1
     perm: bool = False
+    hadamard: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON object; `hadamard`, which early readers do not know, only where it is true."""
+        d = dataclasses.asdict(self)
+        return d if self.hadamard else {k: v for k, v in d.items() if k != "hadamard"}
 
 
 @dataclass(frozen=True)
@@ -50,7 +56,7 @@ class QuantizationConfig:
             "tessella_version": __version__,
             "recipe": self.recipe.to_dict(),
             **cache,
-            "layers": {name: dataclasses.asdict(f) for name, f in self.layers.items()},
+            "layers": {name: f.to_dict() for name, f in self.layers.items()},
         }
 
     @classmethod

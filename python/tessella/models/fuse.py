@@ -34,6 +34,7 @@ class RMSNormQuant(nn.Module):
         self.weight = norm.weight
         self.variance_epsilon = norm.variance_epsilon
         self.k8, self.granularity = reader.k8, reader.granularity
+        self._reader = (reader,)  # in a tuple, which makes it no submodule
         self.train(norm.training)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
@@ -50,10 +51,12 @@ class RMSNormQuant(nn.Module):
             None,
             self.k8,
             self.granularity,
-            None,
+            self._reader[0].perm,
         )
         y = y_MK.view(hidden_states.shape)
-        share(y, self.k8, self.granularity, blocks, constant=True)  # read by known linears only
+        order = self._reader[0].order
+        # constant: read by known linears only
+        share(y, self.k8, self.granularity, blocks, order=order, constant=True)
         return y
 
     def extra_repr(self) -> str:
@@ -75,7 +78,7 @@ class GatedMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., K]."""
         gate, up, down = self.gate_proj(x), self.up_proj(x), self.down_proj
-        if not compiled("silu_mul_quant", x.device.type):
+        if down.hadamard or not compiled("silu_mul_quant", x.device.type):
             return down(nn.functional.silu(gate) * up)
         K = down.in_features
         blocks = _silu_mul_quant(
@@ -115,9 +118,10 @@ def flatten_head(model: nn.Module) -> None:
 def fuse(model: nn.Module) -> int:
     """Replace what can be in a converted model; returns the number of modules replaced.
 
-    Norms whose readers all are 4-bit linears that quantise alike, and MLPs with the silu
-    activation whose projections all are 4-bit. A dense head is replaced too and not counted.
-    Everything else stays as it is.
+    Norms whose readers all are 4-bit linears that quantise alike, permuted alike if at all, and
+    MLPs with the silu activation whose projections all are 4-bit. A dense head is replaced too and
+    not counted. Everything else stays as it is; linears that rotate what they read do it
+    themselves, once for those that read the same tensor.
     """
     flatten_head(model)
     replaced = 0
@@ -131,7 +135,11 @@ def fuse(model: nn.Module) -> int:
         }
         for name, linears in readers.items():
             norm = getattr(layer, name, None)
-            if _is_rms_norm(norm) and _alike(linears):
+            if not _alike(linears):
+                continue
+            for linear in linears[1:]:
+                linear.quantise_as(linears[0])
+            if _is_rms_norm(norm) and not linears[0].hadamard:
                 setattr(layer, name, RMSNormQuant(norm, linears[0]))
                 replaced += 1
                 if Joined.fits(linears):
@@ -152,9 +160,9 @@ def _is_rms_norm(norm: nn.Module | None) -> bool:
 
 def _alike(linears: list[nn.Module | None]) -> bool:
     """4-bit linears that would quantise the same input to the same codes."""
-    if not all(isinstance(linear, W4AxLinear) and linear.perm is None for linear in linears):
+    if not all(isinstance(linear, W4AxLinear) for linear in linears):
         return False
-    return len({(linear.k8, linear.granularity) for linear in linears}) == 1
+    return all(linears[0].quantises_like(linear) for linear in linears[1:])
 
 
 def _is_gated_mlp(mlp: nn.Module) -> bool:

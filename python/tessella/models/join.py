@@ -42,9 +42,9 @@ class Joined:
 
         def kind(x: W4AxLinear) -> tuple:
             bias = None if x.bias is None else x.bias.dtype
-            return x.scheme, x.in_features, x.k8, x.granularity, bias
+            return x.scheme, x.in_features, x.k8, x.granularity, x.order, bias
 
-        alike = len({kind(x) for x in linears}) == 1 and all(x.perm is None for x in linears)
+        alike = len({kind(x) for x in linears}) == 1
         return alike and all(x.out_features % PANEL_N == 0 for x in linears[:-1])
 
     def forget(self) -> None:
@@ -59,7 +59,7 @@ class Joined:
         """
         if torch.compiler.is_compiling():
             return None
-        blocks = shared(x, linear.k8, linear.granularity)
+        blocks = shared(x, linear.k8, linear.granularity, linear.order)
         if blocks is None:
             return None
         note = getattr(x, "_tessella_products", None)

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from tessella.formats import PackedW4, W4Weight
+from tessella.formats import BLOCK_K, PackedW4, W4Weight
 from tessella.ops import w4_pack, w4_unpack
+from tessella.quant.fmpq import rotate_blocks
 from tessella.quant.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -33,27 +34,34 @@ def _has_kernel(op: str, key: str) -> bool:
 
 
 def share(
-    x: Tensor, k8: int, granularity: str, blocks: Sequence[Tensor], *, constant: bool = False
+    x: Tensor,
+    k8: int,
+    granularity: str,
+    blocks: Sequence[Tensor],
+    *,
+    order: object = None,
+    constant: bool = False,
 ) -> None:
     """Keep the ActBlocks of `x` with it, for the next linear that reads the same tensor.
 
     The tensor's version counter tells if it was changed in place since. Inference tensors have
     none: there the note is kept only when the caller knows that nobody changes x (`constant`).
+    `order` is the :attr:`W4AxLinear.order` of the linears that the blocks are for.
     Compiled graphs cannot carry it.
     """
     if torch.compiler.is_compiling() or (x.is_inference() and not constant):
         return
-    x._tessella_blocks = (_version(x), k8, granularity, blocks)
+    x._tessella_blocks = (_version(x), k8, granularity, order, blocks)
 
 
-def shared(x: Tensor, k8: int, granularity: str) -> Sequence[Tensor] | None:
+def shared(x: Tensor, k8: int, granularity: str, order: object = None) -> Sequence[Tensor] | None:
     """The blocks that :func:`share` kept with `x`, if they still describe it."""
     if torch.compiler.is_compiling():
         return None
     note = getattr(x, "_tessella_blocks", None)
-    if note is None or note[:3] != (_version(x), k8, granularity):
+    if note is None or note[:4] != (_version(x), k8, granularity, order):
         return None
-    return note[3]
+    return note[4]
 
 
 def _version(x: Tensor) -> int:
@@ -77,10 +85,15 @@ class W4AxLinear(nn.Module):
         k8: channels whose activations are INT8, a multiple of 128, the others INT4; -1: all.
         granularity: of the activation scales, "token", "class" or "block".
         perm: int32 [K] or None; column k of the weight belongs to channel perm[k] of x.
+        hadamard: the weight belongs to activations whose INT4 channels are rotated, after the
+            permutation, in blocks of 128 (:func:`tessella.quant.fmpq.rotate_blocks`).
         bias: [N] in the dtype of the activations, or None.
 
-    Raises ValueError when perm or bias does not fit the weight.
+    Raises ValueError when perm, hadamard or bias does not fit the weight.
     """
+
+    order: object
+    """Equal for linears that permute and rotate alike (:meth:`quantise_as`); None: as it comes."""
 
     def __init__(
         self,
@@ -89,6 +102,7 @@ class W4AxLinear(nn.Module):
         k8: int = -1,
         granularity: str = "token",
         perm: Tensor | None = None,
+        hadamard: bool = False,
         bias: Tensor | None = None,
     ):
         super().__init__()
@@ -97,6 +111,13 @@ class W4AxLinear(nn.Module):
         self.out_features = weight.N
         self.k8 = k8
         self.granularity = granularity
+        if hadamard and weight.K % BLOCK_K:
+            raise ValueError(
+                f"W4AxLinear: hadamard: expected in features in whole blocks of {BLOCK_K}, "
+                f"got {weight.K}"
+            )
+        self.hadamard = hadamard
+        self.order = None if perm is None and not hadamard else object()
         self._joined: Joined | None = None
         self.alone = False  # no other linear reads the same input: nothing to share codes with
         self.register_buffer("blob", w4_pack(weight).blob)
@@ -148,7 +169,9 @@ class W4AxLinear(nn.Module):
 
     def _fused(self, x: Tensor) -> bool:
         """Whether to quantise x within the product's op: nobody else has use for the codes."""
-        fresh = self.alone and shared(x, self.k8, self.granularity) is None
+        if not self.alone or self.hadamard:
+            return False
+        fresh = shared(x, self.k8, self.granularity, self.order) is None
         return fresh and compiled("w4ax_linear", x.device.type)
 
     def _rows(self, x: Tensor) -> Tensor:
@@ -159,6 +182,15 @@ class W4AxLinear(nn.Module):
     def join(self, joined: Joined | None) -> None:
         """From now on take the result from a product with others, where that can be had."""
         self._joined = joined
+
+    def quantises_like(self, other: W4AxLinear) -> bool:
+        """Whether both make the same codes of the same input."""
+        kinds = {(w.k8, w.granularity, w.hadamard, w.perm is None) for w in (self, other)}
+        return len(kinds) == 1 and (self.perm is None or torch.equal(self.perm, other.perm))
+
+    def quantise_as(self, other: W4AxLinear) -> None:
+        """Take the codes of an input where `other`, which makes the same, made them already."""
+        self.order = other.order
 
     def multiply(self, blocks: Sequence[Tensor], leading: torch.Size, dtype: torch.dtype) -> Tensor:
         """Quantised activations (codes8, codes4, sums, scales) -> y [*leading, N] of `dtype`."""
@@ -175,11 +207,14 @@ class W4AxLinear(nn.Module):
 
     def _quantise(self, x: Tensor) -> Sequence[Tensor]:
         """x in ActBlocks, once for all linears that read this very tensor and quantise alike."""
-        if self.perm is None and (blocks := shared(x, self.k8, self.granularity)) is not None:
+        if (blocks := shared(x, self.k8, self.granularity, self.order)) is not None:
             return blocks
-        blocks = _act_quant(self._rows(x), self.k8, self.granularity, self.perm)
-        if self.perm is None:
-            share(x, self.k8, self.granularity, blocks)
+        x_MK, perm = self._rows(x), self.perm
+        if self.hadamard:
+            x_MK = x_MK if perm is None else x_MK[:, perm]
+            x_MK, perm = rotate_blocks(x_MK, self.k8), None
+        blocks = _act_quant(x_MK, self.k8, self.granularity, perm)
+        share(x, self.k8, self.granularity, blocks, order=self.order)
         return blocks
 
     def weight(self) -> W4Weight:
@@ -191,7 +226,8 @@ class W4AxLinear(nn.Module):
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"scheme={self.scheme}, granularity={self.granularity}, k8={k8}, "
-            f"perm={self.perm is not None}, bias={self.bias is not None}"
+            f"perm={self.perm is not None}, hadamard={self.hadamard}, "
+            f"bias={self.bias is not None}"
         )
 
     def _spec(self) -> dict[str, tuple[torch.dtype | None, tuple[int, ...]]]:
@@ -249,6 +285,8 @@ class W4AxLinear(nn.Module):
     def _assign(self, name: str, value: Tensor, assign: bool = False) -> None:
         """Copy into a buffer in place (a captured CUDA graph sees it), or replace a meta one."""
         old = self._buffers[name]
+        if name == "perm" and (old.is_meta or not torch.equal(old, value.to(old.device))):
+            self.order = object()  # no longer that of the others
         if old.is_meta or assign:
             self._buffers[name] = value
         else:
