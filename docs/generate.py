@@ -7,6 +7,7 @@ A block is everything between ``<!-- generated: KIND ARGUMENT -->`` and ``<!-- e
 * ``summary FILE [KEY=VALUE...]``, ``detail FILE [KEY=VALUE...]``: tables of a results file below
   bench/results, of all records or of those whose case has these values
 * ``accuracy FILE``: the evaluations in a results file below bench/results/accuracy
+* ``papers``: numbers of the papers beside those of the results files
 
 ``python docs/generate.py`` rewrites them in place; tests/test_repo.py fails when one is stale.
 """
@@ -83,6 +84,13 @@ def accuracy(path: str, read: Read) -> str:
     return accuracy.markdown(json.loads(read(f"bench/results/accuracy/{path}")))
 
 
+def papers(_: None, read: Read) -> str:
+    """What five papers say beside what is measured here; files that are missing say so."""
+    from tessella.bench import papers
+
+    return papers.markdown(read)
+
+
 def _table(kind: str, arg: str, read: Read) -> str:
     from tessella.bench import tables
     from tessella.bench.suite import Selection
@@ -95,7 +103,9 @@ def _table(kind: str, arg: str, read: Read) -> str:
     return f"{getattr(tables, kind)(records, path).markdown()}\n\n{tables.source(records)}."
 
 
-KINDS: dict[str, Callable] = {f.__name__: f for f in (schema, commands, summary, detail, accuracy)}
+KINDS: dict[str, Callable] = {
+    f.__name__: f for f in (schema, commands, summary, detail, accuracy, papers)
+}
 
 
 def main() -> None:

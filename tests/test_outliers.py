@@ -92,6 +92,7 @@ def test_the_command_writes_a_checkpoint_that_computes_the_same(tmp_path, sharde
     assert found["layers"] == tiny.LAYERS
     after = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert after.dtype == torch.bfloat16
+    assert Outliers(**after.config.tessella_outliers) == Outliers()
     with torch.no_grad():
         a, b = before.float()(IDS).logits, after.float()(IDS).logits
     assert 0 < (a - b).norm() / a.norm() < 4e-3  # each changed weight is rounded to bf16 once

@@ -10,8 +10,10 @@ from torch import nn
 
 from tessella.bench import records
 from tessella.models.linear import W4AxLinear
+from tessella.models.outliers import NOTE, Outliers
+from tessella.quant.fmpq import w4a4_share
 
-KEY = ("model", "recipe", "kv", "ctx")
+KEY = ("model", "recipe", "kv", "ctx", "outliers")
 """What makes two records the same evaluation."""
 
 
@@ -31,9 +33,9 @@ def record(model: str, lm: nn.Module, answer: dict[str, Any], ctx: int) -> dict[
         "kv": answer["kv"],
         "ctx": ctx,
         "tokens": answer["tokens"],
-        "outliers": None,
+        "outliers": _outliers(lm),
         **rounded,
-        "w4a4_fraction": None,
+        "w4a4_fraction": _w4a4_fraction(lm),
         "weight_bytes": weights,
         "cache_bytes_per_token": answer["cache_bytes_per_token"],
         "commit": stamp["commit"],
@@ -69,6 +71,21 @@ def markdown(records: list[dict[str, Any]]) -> str:
     )
     commits = sorted({f"{r['commit']} of {r['date']}" for r in records})
     return "\n".join(lines) + f"\n\n{'; '.join(about)}; measured at {', '.join(commits)}."
+
+
+def _outliers(lm: nn.Module) -> str | None:
+    """The outliers that a model was given, as "1.00% x20"; None for a model as it is."""
+    note = getattr(lm.config, NOTE, None)
+    return None if note is None else str(Outliers(**note))
+
+
+def _w4a4_fraction(lm: nn.Module) -> float | None:
+    """Share of the converted linears' GEMM volume that is W4A4; None without such linears."""
+    linears = [m for m in lm.modules() if isinstance(m, W4AxLinear)]
+    if not linears:
+        return None
+    shapes = ((m.out_features, m.in_features, m.k8) for m in linears)
+    return round(w4a4_share(shapes), 4)
 
 
 def _weights(lm: nn.Module) -> list:

@@ -14,6 +14,8 @@ models.
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,6 +36,9 @@ READERS = {
     "post_attention_layernorm": ("mlp.gate_proj", "mlp.up_proj"),
 }
 """The linears that read a norm of the same layer."""
+
+NOTE = "tessella_outliers"
+"""Field of config.json that says which outliers a model was given."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,9 @@ class Outliers:
             raise ValueError(f"outliers: fraction: expected above 0 to 1, got {self.fraction}")
         if not 0 < self.factor < float("inf"):
             raise ValueError(f"outliers: factor: expected a positive number, got {self.factor}")
+
+    def __str__(self) -> str:
+        return f"{self.fraction:.2%} x{self.factor:g}"
 
     def channels(self, K: int) -> Tensor:
         """int64 [n]: the outliers among K channels, ascending."""
@@ -121,7 +129,8 @@ def convert(model: str | os.PathLike, out: str | os.PathLike, outliers: Outliers
                 f"{source.config_file}: quantization_config: expected a model in full precision"
             )
         change = _changes(source.config, source.config_file, outliers)
-        _write(source, target, change)
+        config = {**source.config, NOTE: dataclasses.asdict(outliers)}
+        _write(source, target, change, config)
     except CheckpointError as e:
         raise ConversionError(str(e)) from e
     channels = outliers.channels(source.config["hidden_size"]).tolist()
@@ -151,7 +160,7 @@ def _changes(
     return change
 
 
-def _write(source: Checkpoint, target: Path, change) -> None:
+def _write(source: Checkpoint, target: Path, change, config: dict[str, Any]) -> None:
     """The checkpoint file by file, under the names that the source has."""
     files: dict[str, list[str]] = {}
     for name, info in source.tensors.items():
@@ -160,7 +169,8 @@ def _write(source: Checkpoint, target: Path, change) -> None:
         for file, names in files.items():
             changed = {n: change(n, source.read(n), source.read).contiguous() for n in names}
             partial.write_shard(file, changed, {})
-        for pattern in (CONFIG, INDEX, *CARRIED):
+        partial.write_text(CONFIG, json.dumps(config, indent=2) + "\n")
+        for pattern in (INDEX, *CARRIED):
             for path in sorted(source.path.glob(pattern)):
                 if path.is_file():
                     partial.copy_file(path, str(path.relative_to(source.path)))
