@@ -21,6 +21,7 @@ from tessella.models.report import LayerRecord
 from tessella.quant import rtn
 from tessella.quant.calibrate import HEAD, SITES, LayerStats, Stats, Stream, collect, digest_of
 from tessella.quant.error import output_error, some_rows
+from tessella.quant.fmpq import rotate_blocks
 from tessella.quant.layer import Acts, Heads, Layer
 from tessella.quant.recipe import Recipe
 from tessella.quant.rtn import relative_error
@@ -153,7 +154,9 @@ class Applier:
                 f"recipe {self.recipe.name!r}: {linear.name}: activations.granularity: 'token' "
                 f"needs one precision, got {k8} INT8 channels of {K}; use 'class' or 'block'"
             )
-        return dataclasses.replace(linear.format, k8=k8, perm=acts.perm is not None)
+        return dataclasses.replace(
+            linear.format, k8=k8, perm=acts.perm is not None, hadamard=acts.hadamard
+        )
 
     def _codes(
         self, linear: Linear, w_NK: Tensor, stats: Stats | None, stored: LayerFormat
@@ -170,9 +173,8 @@ class Applier:
             part = type(q).from_tensors(rows, q.scheme, q.K)
             after = self._results_error(linear, some_rows(w_NK), part, stats, stored.k8)
         error = relative_error(w_NK, q)
-        record = LayerRecord(
-            linear.name, linear.shape, stored.scheme, error, linear.nbytes, after=after
-        )
+        nbytes = dataclasses.replace(linear, format=stored).nbytes
+        record = LayerRecord(linear.name, linear.shape, stored.scheme, error, nbytes, after=after)
         return tensors, record
 
     def _dense(self, layer: Layer, name: str, prefix: str) -> Tensor:
@@ -180,9 +182,11 @@ class Applier:
         short = name.removeprefix(prefix)
         t = layer.tensors[short]
         site = SITE_OF.get(short.removesuffix(".weight"))
-        perm = layer.acts[site].perm if site and short.endswith(".weight") else None
-        if perm is not None:  # nobody permutes its activations
-            t = t[:, perm.argsort()]
+        acts = layer.acts[site] if site and short.endswith(".weight") else Acts()
+        if acts.hadamard:  # nobody rotates or permutes its activations
+            t = rotate_blocks(t, acts.k8)
+        if acts.perm is not None:
+            t = t[:, acts.perm.argsort()]
         return t.to(self.source.read(name).dtype).cpu().contiguous()
 
     def _outer(

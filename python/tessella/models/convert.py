@@ -80,7 +80,9 @@ def convert(
         if dry_run:
             layers = [_record(linear, None) for shard in shards for linear in shard.linears]
         else:
-            layers = _run(source, shards, recipe, target, device, resume, progress, calibration)
+            layers, shards = _run(
+                source, shards, recipe, target, device, resume, progress, calibration
+            )
     except (CheckpointError, CalibrationError) as e:
         raise ConversionError(str(e)) from e
     return Report(
@@ -102,8 +104,11 @@ def _run(
     resume: bool,
     progress: Callable[[Progress], None] | None,
     calibration: Calibration | None,
-) -> list[LayerRecord]:
-    """Write every shard that is not finished yet, then the small files, then publish."""
+) -> tuple[list[LayerRecord], list[Shard]]:
+    """Write every shard that is not finished yet, then the small files, then publish.
+
+    Returns the records and the shards as they were stored.
+    """
     records: list[LayerRecord] = []
     formats: dict[str, LayerFormat] = {}
     total, bytes_done = sum(len(shard.linears) for shard in shards), 0
@@ -148,9 +153,16 @@ def _run(
             }
             partial.write_shard(shard.file, tensors, made)
             del tensors
+        shards = [_stored(shard, formats) for shard in shards]
         _write_small_files(source, shards, recipe, partial, formats)
         partial.publish()
-    return records
+    return records, shards
+
+
+def _stored(shard: Shard, formats: dict[str, LayerFormat]) -> Shard:
+    """A shard as it was stored: a step may leave out a permutation that was planned for."""
+    linears = [dataclasses.replace(x, format=formats[x.name]) for x in shard.linears]
+    return dataclasses.replace(shard, linears=linears)
 
 
 def _plain(

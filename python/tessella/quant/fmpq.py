@@ -26,16 +26,88 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from tessella.formats import BLOCK_K, padded_k
+from tessella.quant import layer as layers
+from tessella.quant.calibrate import SITES
 from tessella.quant.kv.hadamard import matrix
+from tessella.quant.layer import Layer
+from tessella.quant.steps import PERMUTE, STATS, Step, expect_bool, expect_number
 from tessella.ref.act_quant import act_quant
+from tessella.ref.w4ax_gemm import act_dequant
+
+FOLDED = ("attn", "mlp", "down")
+"""Sites whose channels can be made smaller by what makes them: a norm's gain, or up_proj."""
 
 GAIN = 0.15
 """What one more INT8 block, or a rotation, must take off the error to be worth its time."""
+
+
+@dataclass(frozen=True)
+class Fmpq(Step):
+    """Mark blocks of activations INT8 or INT4, with their channels in an order that suits.
+
+    The order of down_proj's inputs goes into gate_proj and up_proj; elsewhere activations are
+    permuted when they are quantised, and only where blocks are mixed.
+    """
+
+    outlier: float = 8.0
+    error: float = 0.08
+    most: float = 0.25
+    smooth: float = 0.5
+    hadamard: bool = False
+    stage: ClassVar[int] = PERMUTE
+    mixed: ClassVar[bool] = True
+
+    def __post_init__(self):
+        expect_number("steps.fmpq.outlier", self.outlier, 1, 1e6)
+        expect_number("steps.fmpq.error", self.error, 1e-6, 1)
+        expect_number("steps.fmpq.most", self.most, 0, 1)
+        expect_number("steps.fmpq.smooth", self.smooth, 0, 1)
+        expect_bool("steps.fmpq.hadamard", self.hadamard)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return STATS
+
+    @property
+    def permutes(self) -> tuple[str, ...]:
+        return ("attn", "o", "mlp")
+
+    def change(self, layer: Layer) -> None:
+        for site in SITES:
+            stats, acts = layer.stats[site], layer.acts[site]
+            size = stats.amax
+            if self.smooth and site in FOLDED:
+                d = shrink(size, self.outlier, self.smooth)
+                layers.scale(layer, site, d)
+            found = mark(
+                stats.rows,
+                size,
+                [layer.tensors[name] for name in layer.columns(site)],
+                outlier=self.outlier,
+                budget=self.error,
+                most=self.most,
+                granularity=layer.target.granularity,
+                hadamard=self.hadamard,
+            )
+            if found.perm is not None:
+                layers.permute(layer, site, found.perm)
+            acts.k8, acts.hadamard = found.k8, found.hadamard
+            if found.hadamard:
+                layers.turn_inputs(layer, site, lambda t, k8=found.k8: rotate_blocks(t, k8))
+
+
+def shrink(amax_K: Tensor, outlier: float, smooth: float) -> Tensor:
+    """What outliers are multiplied by, [K]: (median / amax)^smooth; 1 for other channels."""
+    median = amax_K.median()
+    over = amax_K > outlier * median
+    ratio = torch.where(over & (median > 0), median / amax_K.clamp_min(1e-30), 1.0)
+    return ratio**smooth
 
 
 @dataclass(frozen=True)
@@ -137,17 +209,7 @@ def output_error(
 
 def dequantised(x_MK: Tensor, k8: int, granularity: str) -> Tensor:
     """What act_quant's codes of x [M, K] stand for, fp32 [M, Kp]."""
-    a = act_quant(x_MK.float(), k8, granularity)
-    nibbles = torch.stack([a.codes4 & 15, a.codes4 >> 4], -1).flatten(2).to(torch.int8)
-    nibbles = torch.where(nibbles > 7, nibbles - 16, nibbles)
-    codes_BMk = torch.cat([a.codes8, nibbles]).float()
-    scales = a.scales
-    if granularity == "class":
-        B8 = a.codes8.shape[0]
-        int4 = (torch.arange(len(codes_BMk), device=x_MK.device) >= B8).long()
-        scales = scales[int4]
-    real = codes_BMk * (scales[..., None] if scales.dim() == 2 else scales[None, :, None])
-    return real.transpose(0, 1).flatten(1)
+    return act_dequant(act_quant(x_MK.float(), k8, granularity), torch.float32)
 
 
 def rotate_blocks(x: Tensor, k8: int) -> Tensor:

@@ -55,11 +55,13 @@ class Acts:
     """How a site's inputs are quantised at run time.
 
     `perm` int64 [K] or None: channel k of the codes is channel perm[k] of the input. `k8`: INT8
-    channels after it, whole blocks of 128, -1: all, None: as the recipe says.
+    channels after it, whole blocks of 128, -1: all, None: as the recipe says. `hadamard`: the INT4
+    channels are then rotated in blocks of 128 (:func:`tessella.quant.fmpq.rotate_blocks`).
     """
 
     perm: Tensor | None = None
     k8: int | None = None
+    hadamard: bool = False
 
 
 @dataclass
@@ -164,7 +166,7 @@ def rotate(layer: Layer, turn: Callable[[Tensor], Tensor]) -> None:
     head, outside the layer, have to follow.
     """
     for site in NORMS:
-        _turn_inputs(layer, site, turn)
+        turn_inputs(layer, site, turn)
     for linear in WRITERS:
         layer.rows(linear, lambda t: turn(t.T.contiguous()).T.contiguous())
 
@@ -181,7 +183,7 @@ def rotate_values(layer: Layer, turn: Callable[[Tensor], Tensor]) -> None:
         return turn(x.reshape(*x.shape[:-1], heads.H, heads.D)).reshape(x.shape)
 
     layer.rows("self_attn.v_proj", outputs)
-    _turn_inputs(layer, "o", inputs)
+    turn_inputs(layer, "o", inputs)
 
 
 def _scale_inputs(layer: Layer, site: str, d: Tensor, inverse: Tensor) -> None:
@@ -192,7 +194,8 @@ def _scale_inputs(layer: Layer, site: str, d: Tensor, inverse: Tensor) -> None:
         layer.stats[site].scale(d)
 
 
-def _turn_inputs(layer: Layer, site: str, turn: Callable[[Tensor], Tensor]) -> None:
+def turn_inputs(layer: Layer, site: str, turn: Callable[[Tensor], Tensor]) -> None:
+    """The site reads turn(x) from now on, orthogonal along the last dimension."""
     for name in layer.columns(site):
         layer.tensors[name] = turn(layer.tensors[name])
     if site in layer.stats:

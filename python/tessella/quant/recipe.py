@@ -40,6 +40,7 @@ from torch import Tensor
 from tessella.formats import GRANULARITIES, SCHEMES, W4Weight
 from tessella.quant import kv
 from tessella.quant.calibrate import Stats
+from tessella.quant.fmpq import Fmpq
 from tessella.quant.layer import Target
 from tessella.quant.qoq import Reorder, Rotate, SmoothAttention, SmoothOutput
 from tessella.quant.steps import CODES, Gptq, RecipeError, Rtn, Step, expect_one_of
@@ -72,6 +73,7 @@ STEPS: dict[str, type[Step]] = {
     "smooth_attention": SmoothAttention,
     "smooth_output": SmoothOutput,
     "reorder": Reorder,
+    "fmpq": Fmpq,
     "rtn": Rtn,
     "gptq": Gptq,
 }
@@ -254,6 +256,12 @@ class Recipe:
 QOQ = (Rotate(), SmoothOutput(), Reorder(), Gptq())
 """QoQ's steps for weights and activations; a 4-bit cache adds SmoothAttention."""
 
+FMPQ = (Fmpq(hadamard=True), Gptq())
+"""COMET's blocks; what COMET does not have are the smoothing, the rotation and the feedback."""
+
+COMET = (Fmpq(smooth=0.0), Rtn(clip="output"))
+"""The same as published: outliers in INT8, clipped weights."""
+
 PRESETS: dict[str, Recipe] = {
     r.name: r
     for r in (
@@ -265,6 +273,10 @@ PRESETS: dict[str, Recipe] = {
         Recipe("w4a8kv4-rtn", cache=kv.DEFAULT),
         Recipe("w4a8-qoq", steps=QOQ),
         Recipe("w4a8kv4", steps=(QOQ[0], SmoothAttention(), *QOQ[1:]), cache="kv4"),
+        Recipe("w4ax", granularity="block", steps=FMPQ),
+        Recipe("w4ax-class", granularity="class", steps=FMPQ),
+        Recipe("w4ax-comet", granularity="block", steps=COMET),
+        Recipe("w4axkv4", granularity="block", steps=(SmoothAttention(), *FMPQ), cache=kv.DEFAULT),
     )
 }
 """Recipes by name. ``w4a8`` (two-level scales, per-token INT8) is what the kernels favour."""
