@@ -8,10 +8,11 @@ For each site (linears that read the same tensor) calibration statistics decide:
    takes the range of its block from the 127 channels that share it; this gives some back.
 2. Where the relative error of the site's output with all activations in INT4 is within the error
    budget, no channel moves. Otherwise channels are permuted, the largest first, and the blocks of
-   128 that hold outliers become INT8; then more of them, while the error is over the budget and
-   each lowers it by at least :data:`GAIN`, up to the share `most`.
-3. With `hadamard` the INT4 blocks are rotated, each by a Hadamard matrix, where that lowers the
-   error by at least :data:`GAIN`.
+   128 that hold outliers become INT8.
+3. Where the error is still over the budget, and with `hadamard`, the INT4 blocks are rotated, each
+   by a Hadamard matrix, if that lowers the error by at least :data:`GAIN`.
+4. More blocks become INT8 while the error is over the budget and each lowers it by at least
+   :data:`GAIN`, up to the share `most`.
 
 COMET publishes neither threshold nor budget; the error here is that of activations alone, on rows
 of the calibration text, with the scales that the recipe gives activations (per block, or two per
@@ -159,29 +160,25 @@ def mark(
     B = padded_k(K) // BLOCK_K
     w_NK = torch.cat([w.float() for w in weights])
     x_SK = rows_SK.float()
-    turns = (False, True) if hadamard and K % BLOCK_K == 0 else (False,)
-    largest_first = amax_K.argsort(descending=True, stable=True)
     outliers = int((amax_K > outlier * amax_K.median()).sum())
+    largest_first = amax_K.argsort(descending=True, stable=True)
 
-    def candidate(blocks: int) -> Marks:
-        perm = largest_first if blocks else None
-        found = [
-            output_error(x_SK, w_NK, blocks * BLOCK_K, perm, granularity, turn) for turn in turns
-        ]
-        turn = len(found) == 2 and found[1] <= (1 - GAIN) * found[0]
-        plain = whole.error_int4 if whole else found[0]
-        return Marks(blocks * BLOCK_K, perm, turn, outliers, found[turn], plain)
+    def candidate(blocks: int, turn: bool = False) -> Marks:
+        perm, k8 = largest_first if blocks else None, blocks * BLOCK_K
+        error = output_error(x_SK, w_NK, k8, perm, granularity, turn)
+        return Marks(k8, perm, turn, outliers, error, whole.error if whole else error)
 
     whole = None
     whole = best = candidate(0)
-    if whole.error <= budget:
-        return whole
     limit = math.ceil(most * B)
     holding = min(limit, -(-outliers // BLOCK_K))
-    if holding:
+    if whole.error > budget and holding:
         best = candidate(holding)
+    if best.error > budget and hadamard and K % BLOCK_K == 0:
+        turned = candidate(holding, True)
+        best = turned if turned.error <= (1 - GAIN) * best.error else best
     while best.error > budget and best.k8 // BLOCK_K < limit:
-        more = candidate(best.k8 // BLOCK_K + 1)
+        more = candidate(best.k8 // BLOCK_K + 1, best.hadamard)
         if more.error > (1 - GAIN) * best.error:
             break
         best = more
