@@ -43,10 +43,10 @@ def record(model: str, lm: nn.Module, answer: dict[str, Any], ctx: int) -> dict[
     }
 
 
-def save(path: Path, new: dict[str, Any]) -> None:
-    """Add a record to a file; the same evaluation done again replaces its old record."""
+def save(path: Path, new: dict[str, Any], key: tuple[str, ...] = KEY) -> None:
+    """Add a record to a file; the same evaluation (by `key`) done again replaces its old record."""
     old = json.loads(path.read_text()) if path.exists() else []
-    merged = {tuple(r.get(k) for k in KEY): r for r in [*old, new]}
+    merged = {tuple(r.get(k) for k in key): r for r in [*old, new]}
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = ",\n ".join(json.dumps(r) for r in merged.values())
     temporary = path.with_suffix(".tmp")
@@ -71,6 +71,19 @@ def markdown(records: list[dict[str, Any]]) -> str:
     )
     commits = sorted({f"{r['commit']} of {r['date']}" for r in records})
     return "\n".join(lines) + f"\n\n{'; '.join(about)}; measured at {', '.join(commits)}."
+
+
+def layers_markdown(records: list[dict[str, Any]]) -> str:
+    """A table of recipes on synthetic layers."""
+    lines = [
+        "| K | recipe | W4A4 | INT8 channels | rotated | error of the results |",
+        "|---:|---|---:|---:|---|---:|",
+    ]
+    for r in records:
+        turned = "yes" if r["hadamard"] else ""
+        cells = (f"{r['w4a4_fraction']:.1%}", f"{r['int8_channels']:,}", turned)
+        lines.append(f"| {r['K']} | `{r['recipe']}` | {' | '.join(cells)} | {r['error']:.2%} |")
+    return "\n".join(lines)
 
 
 def _outliers(lm: nn.Module) -> str | None:

@@ -139,6 +139,38 @@ def _run(s: Session, family, settings: Settings, out: Path) -> list[dict[str, An
     return made
 
 
+@app.command("fmpq")
+def fmpq(
+    out: Out = RESULTS,
+    quick: Annotated[bool, typer.Option("--quick", help="One narrow layer, in seconds.")] = False,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Accuracy of mixed precision on wide synthetic layers with outliers.
+
+    Records go to OUT/accuracy/fmpq_layer.json.
+
+    JSON: records (K, recipe, outliers, error, w4a4_fraction, int8_channels,
+    hadamard, commit, date), out.
+
+    \b
+    Examples:
+      tessella bench fmpq
+      tessella bench fmpq --quick --out results --json
+    """
+    with session(json=json, debug=debug) as s:
+        from tessella.bench import accuracy, synthetic
+        from tessella.quant.recipe import PRESETS
+
+        path, made = out / "accuracy/fmpq_layer.json", []
+        for K in (1024,) if quick else synthetic.WIDTHS:
+            for name in synthetic.RECIPES:
+                made.append(synthetic.measure(PRESETS[name], K))
+                accuracy.save(path, made[-1], ("layer", "K", "recipe", "outliers"))
+        s.show(accuracy.layers_markdown(made))
+        s.answer({"records": made, "out": str(path)})
+
+
 @app.command("report")
 def report(
     results: Annotated[Path, typer.Option(help="Folder of result files.")] = RESULTS,

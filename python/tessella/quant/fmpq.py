@@ -81,26 +81,30 @@ class Fmpq(Step):
 
     def change(self, layer: Layer) -> None:
         for site in SITES:
-            stats, acts = layer.stats[site], layer.acts[site]
-            size = stats.amax
-            if self.smooth and site in FOLDED:
-                d = shrink(size, self.outlier, self.smooth)
-                layers.scale(layer, site, d)
-            found = mark(
-                stats.rows,
-                size,
-                [layer.tensors[name] for name in layer.columns(site)],
-                outlier=self.outlier,
-                budget=self.error,
-                most=self.most,
-                granularity=layer.target.granularity,
-                hadamard=self.hadamard,
-            )
-            if found.perm is not None:
-                layers.permute(layer, site, found.perm)
-            acts.k8, acts.hadamard = found.k8, found.hadamard
-            if found.hadamard:
-                layers.turn_inputs(layer, site, lambda t, k8=found.k8: rotate_blocks(t, k8))
+            self.change_site(layer, site)
+
+    def change_site(self, layer: Layer, site: str) -> Marks:
+        """Change one site of a layer; returns what was decided."""
+        stats, acts = layer.stats[site], layer.acts[site]
+        size = stats.amax
+        if self.smooth and site in FOLDED:
+            layers.scale(layer, site, shrink(size, self.outlier, self.smooth))
+        found = mark(
+            stats.rows,
+            size,
+            [layer.tensors[name] for name in layer.columns(site)],
+            outlier=self.outlier,
+            budget=self.error,
+            most=self.most,
+            granularity=layer.target.granularity,
+            hadamard=self.hadamard,
+        )
+        if found.perm is not None:
+            layers.permute(layer, site, found.perm)
+        acts.k8, acts.hadamard = found.k8, found.hadamard
+        if found.hadamard:
+            layers.turn_inputs(layer, site, lambda t: rotate_blocks(t, found.k8))
+        return found
 
 
 def shrink(amax_K: Tensor, outlier: float, smooth: float) -> Tensor:
