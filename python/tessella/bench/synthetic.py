@@ -18,7 +18,7 @@ from tessella.quant.calibrate import Stats
 from tessella.quant.error import output_error
 from tessella.quant.fmpq import Fmpq, rotate_blocks
 from tessella.quant.layer import NORMS, Heads, Layer
-from tessella.quant.recipe import PRESETS, Recipe
+from tessella.quant.recipe import Recipe
 
 WIDTHS = (4096, 8192)
 """Hidden sizes: Llama-3-8B's, Llama-3-70B's."""
