@@ -9,7 +9,18 @@ from typing import Annotated
 
 import typer
 
-from tessella.cli import bench, demo, eval, generate, info, outliers, plan, quantize, tune
+from tessella.cli import (
+    bench,
+    demo,
+    eval,
+    generate,
+    info,
+    outliers,
+    plan,
+    quantize,
+    tasks,
+    tune,
+)
 
 app = typer.Typer(
     name="tessella",
@@ -23,6 +34,7 @@ app.command("quantize")(quantize.quantize)
 app.command("outliers")(outliers.outliers)
 app.command("generate")(generate.generate)
 app.command("eval")(eval.evaluate)
+app.command("tasks")(tasks.tasks)
 app.add_typer(plan.app, name="plan")
 app.add_typer(bench.app, name="bench")
 app.command("tune")(tune.tune)
