@@ -7,6 +7,8 @@ A block is everything between ``<!-- generated: KIND ARGUMENT -->`` and ``<!-- e
 * ``summary FILE [KEY=VALUE...]``, ``detail FILE [KEY=VALUE...]``: tables of a results file below
   bench/results, of all records or of those whose case has these values
 * ``accuracy FILE``: the evaluations in a results file below bench/results/accuracy
+* ``choice MODEL``: every recipe on a model, with accuracy, bytes and speed
+* ``layers``: recipes on wide synthetic layers
 * ``papers``: numbers of the papers beside those of the results files
 
 ``python docs/generate.py`` rewrites them in place; tests/test_repo.py fails when one is stale.
@@ -84,6 +86,24 @@ def accuracy(path: str, read: Read) -> str:
     return accuracy.markdown(json.loads(read(f"bench/results/accuracy/{path}")))
 
 
+def choice(model: str, read: Read) -> str:
+    """Recipes on a model; a model without records says so."""
+    from tessella.bench import choice
+    from tessella.bench.papers import Results
+
+    table = choice.table(Results(read), model)
+    return table.markdown() if table.rows else f"No evaluations of {model} are on record."
+
+
+def layers(_: None, read: Read) -> str:
+    """Recipes on wide synthetic layers; none on record says so."""
+    from tessella.bench import accuracy
+    from tessella.bench.papers import LAYER, Results
+
+    found = Results(read)(LAYER)
+    return accuracy.layers_markdown(found) if found else "None is on record."
+
+
 def papers(_: None, read: Read) -> str:
     """What five papers say beside what is measured here; files that are missing say so."""
     from tessella.bench import papers
@@ -104,7 +124,7 @@ def _table(kind: str, arg: str, read: Read) -> str:
 
 
 KINDS: dict[str, Callable] = {
-    f.__name__: f for f in (schema, commands, summary, detail, accuracy, papers)
+    f.__name__: f for f in (schema, commands, summary, detail, accuracy, choice, layers, papers)
 }
 
 

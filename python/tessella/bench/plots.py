@@ -34,7 +34,7 @@ MAIN = {"scheme": "twolevel", "act": "int8"}
 """The scheme and activations that stand for tessella where a plot has room for one."""
 
 
-def _figure(width: float, height: float, columns: int = 1, rows: int = 1):
+def new_figure(width: float, height: float, columns: int = 1, rows: int = 1):
     """A figure and its axes [rows][columns]. Raises BenchError without matplotlib."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -66,7 +66,8 @@ def _color(name: str) -> str:
     return COLORS.get(name, "#b3b3b3")
 
 
-def _clean(axes: Axes) -> None:
+def clean(axes: Axes) -> None:
+    """A light grid, and no frame above and on the right."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(True, which="major", linewidth=0.4, alpha=0.6)
     axes.set_axisbelow(True)
@@ -85,7 +86,7 @@ def time_against_m(records: Sequence[Record], threads: int | None) -> Figure:
     shapes = list(dict.fromkeys((r["case"]["N"], r["case"]["K"]) for r in records))
     columns = min(2, len(shapes))
     rows = -(-len(shapes) // columns)
-    figure, grid = _figure(5.2 * columns, 0.9 + 3.6 * rows, columns, rows)
+    figure, grid = new_figure(5.2 * columns, 0.9 + 3.6 * rows, columns, rows)
     panels = list(grid.flat)
     for axes, (N, K) in zip(panels, shapes):
         of_shape = [r for r in records if (r["case"]["N"], r["case"]["K"]) == (N, K)]
@@ -107,7 +108,7 @@ def time_against_m(records: Sequence[Record], threads: int | None) -> Figure:
         _plain_ticks(axes)
         axes.set_xticks(M, [str(m) for m in M])
         axes.minorticks_off()
-        _clean(axes)
+        clean(axes)
     for axes in panels[len(shapes) :]:
         axes.set_visible(False)
     _legend(figure, panels[0], 2 * columns)
@@ -118,7 +119,7 @@ def time_against_m(records: Sequence[Record], threads: int | None) -> Figure:
 def roofline(records: Sequence[Record], threads: int | None) -> Figure:
     """Arithmetic rate over intensity, below the measured ceilings."""
     records = _main(records, threads)
-    figure, grid = _figure(6.6, 4.6)
+    figure, grid = new_figure(6.6, 4.6)
     axes = grid[0][0]
     read = max(r["extra"]["ceiling_gbs"] for r in records)
     peak = max(r["extra"]["ceiling_gmacs"] for r in records)
@@ -141,7 +142,7 @@ def roofline(records: Sequence[Record], threads: int | None) -> Figure:
     axes.set_title(f"Roofline of the 4-bit linear layer{_on(threads)}")
     axes.legend(frameon=False, loc="lower right")
     _plain_ticks(axes)
-    _clean(axes)
+    clean(axes)
     return figure
 
 
@@ -157,7 +158,7 @@ def speedups(records: Sequence[Record], threads: int | None) -> Figure:
     records = _main(records, threads)
     tokens = list(dict.fromkeys(r["case"]["M"] for r in records))
     rivals = list(dict.fromkeys(b for r in records for b in r["baselines"]))
-    figure, grid = _figure(1.6 + 1.9 * len(tokens), 4.2)
+    figure, grid = new_figure(1.6 + 1.9 * len(tokens), 4.2)
     axes = grid[0][0]
     width = 0.84 / max(len(rivals), 1)
     for j, name in enumerate(rivals):
@@ -180,7 +181,7 @@ def speedups(records: Sequence[Record], threads: int | None) -> Figure:
     axes.set_title(f"Linear layer against what else there is{_on(threads)}")
     axes.margins(y=0.1)
     _legend(figure, axes, 3)
-    _clean(axes)
+    clean(axes)
     axes.grid(False, axis="x")
     return figure
 
@@ -189,7 +190,7 @@ def end_to_end(records: Sequence[Record]) -> Figure:
     """Bars of tokens per second, a panel for each phase and context."""
     records = list(records)
     panels = list(dict.fromkeys((r["case"]["phase"], r["case"]["ctx"]) for r in records))
-    figure, grid = _figure(3.4 * len(panels), 4.0, len(panels))
+    figure, grid = new_figure(3.4 * len(panels), 4.0, len(panels))
     for axes, (phase, ctx) in zip(grid[0], panels):
         of_panel = [r for r in records if (r["case"]["phase"], r["case"]["ctx"]) == (phase, ctx)]
         threads = list(dict.fromkeys(r["case"]["threads"] for r in of_panel))
@@ -210,7 +211,7 @@ def end_to_end(records: Sequence[Record]) -> Figure:
         axes.set_title(f"{phase}, context {ctx}")
         axes.set_ylabel("tokens/s")
         axes.margins(y=0.12)
-        _clean(axes)
+        clean(axes)
         axes.grid(False, axis="x")
     _legend(figure, grid[0][0], 2 if len(panels) < 3 else 5)
     figure.suptitle(f"{records[0]['case']['model']}, random weights (higher is better)")

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tessella.bench import BenchError, plots, tables
+from tessella.bench import BenchError, choice, plots, tables
+from tessella.bench.papers import Results
 from tessella.bench.tables import Record, Table
 
 FIELDS = ("family", "kernel", "case", "us", "roofline_us", "roofline_frac", "baselines")
@@ -85,6 +86,20 @@ def sections(records: Sequence[Record], out: Path, *, images: bool = True) -> li
     return made
 
 
+def _choices(results: Path, out: Path, *, images: bool) -> list[Section]:
+    """A section for every model whose recipes were evaluated: accuracy, bytes and speed."""
+    found = Results(lambda name: (results / name.removeprefix("bench/results/")).read_text())
+    names = choice.models(found)
+    plot = dict(zip(names, choice.draw(found, out))) if images else {}
+    made = []
+    for model in names:
+        table = choice.table(found, model)
+        text = "Which recipe: accuracy, bytes, and speed where it was measured."
+        images_of = [plot[model]] if model in plot else []
+        made.append(Section(table.title, text, table, table, images_of))
+    return made
+
+
 def _accuracy(records: Sequence[Record]) -> str:
     """A sentence on the planner's predictions, if there are any."""
     error = tables.prediction_error(records)
@@ -104,7 +119,7 @@ def write(results: Path, out: Path, *, images: bool = True) -> list[Path]:
     """
     records = read(results)
     out.mkdir(parents=True, exist_ok=True)
-    made = sections(records, out, images=images)
+    made = [*_choices(results, out, images=images), *sections(records, out, images=images)]
     (out / "report.md").write_text(_markdown(made))
     (out / "report.html").write_text(_html(made))
     return [out / "report.md", out / "report.html", *(p for s in made for p in s.images)]
