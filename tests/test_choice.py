@@ -1,4 +1,4 @@
-"""The recipes' table, its front and the papers' page: from records, also where files are missing."""
+"""The recipes' table and its front, the papers' page: also where files are missing."""
 
 from __future__ import annotations
 
