@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import pickle
 
 import pytest
@@ -12,11 +13,15 @@ from hypothesis import strategies as st
 
 import tiny
 from tessella import _native
+from tessella.models import outliers
 from tessella.models.fuse import RMSNormQuant, fuse
 from tessella.models.join import Joined
 from tessella.models.linear import W4AxLinear
 from tessella.quant import fmpq, rtn
+from tessella.quant import layer as layers
+from tessella.quant import recipe as recipes
 from tessella.ref.w4ax_gemm import w4_dequant
+from test_qoq import apply, exact_model
 
 HOW = {"outlier": 8.0, "budget": 0.1, "most": 0.25, "granularity": "block"}
 
@@ -255,3 +260,68 @@ def test_a_rotation_needs_whole_blocks():
     w = rtn.quantize(torch.randn(16, 200), "twolevel")
     with pytest.raises(ValueError, match="hadamard: expected in features in whole blocks of 128"):
         W4AxLinear(w, hadamard=True)
+
+
+# ---------------------------------------------------------------- the step of recipes
+
+
+class Undone(fmpq.Fmpq):
+    """The step, with rotations taken back: what is left must compute the same."""
+
+    def change(self, layer):
+        layer.target = dataclasses.replace(layer.target, granularity="block")
+        super().change(layer)
+        for site, acts in layer.acts.items():
+            if acts.hadamard:
+                layers.turn_inputs(layer, site, lambda t, a=acts: fmpq.rotate_blocks(t, a.k8))
+
+
+@pytest.mark.parametrize("arch", tiny.ARCHITECTURES)
+@torch.no_grad()
+def test_the_step_is_exact_in_fp64(arch):
+    model = exact_model(arch)
+    state = outliers.inject(
+        model.state_dict(),
+        {"architectures": [type(model).__name__], "num_hidden_layers": tiny.LAYERS},
+        outliers.Outliers(0.02, 50.0),
+    )
+    model.load_state_dict(state)
+    g = torch.Generator().manual_seed(5)
+    ids = torch.randint(0, tiny.VOCAB, (2, 40), generator=g)
+    expected = model(input_ids=ids, use_cache=False).logits
+    changed = apply(model, (Undone(error=1e-3, most=0.5, hadamard=True),), [ids])
+    got = model(input_ids=ids, use_cache=False).logits
+    assert ((got - expected).norm() / expected.norm()).item() < 1e-12
+    for layer in changed:
+        assert layer.acts["attn"].k8 == layer.acts["mlp"].k8 == 128
+        assert layer.acts["attn"].perm is not None and layer.acts["down"].perm is None
+    assert any(layer.acts[site].hadamard for layer in changed for site in layer.acts)
+
+
+def test_shrinking_moves_a_part_of_outliers_only():
+    amax = torch.tensor([1.0, 2.0, 1.0, 16.0, 1.0])
+    d = fmpq.shrink(amax, 8.0, 0.5)
+    assert torch.equal(d, torch.tensor([1.0, 1.0, 1.0, 0.25, 1.0]))
+    assert torch.equal(fmpq.shrink(torch.zeros(3), 8.0, 0.5), torch.ones(3))
+
+
+@pytest.mark.parametrize(
+    "recipe, message",
+    [
+        ({"granularity": "token"}, "needs one precision, but 'fmpq' mixes two; use 'class'"),
+        ({"steps": (recipes.Rtn(), fmpq.Fmpq())}, "exactly one step that makes the codes"),
+        ({"steps": (fmpq.Fmpq(), recipes.Rotate(), recipes.Rtn())}, "cannot follow 'fmpq'"),
+    ],
+)
+def test_recipes_that_cannot_be_honoured_are_refused(recipe, message):
+    how = {"granularity": "block", "steps": (fmpq.Fmpq(), recipes.Rtn())} | recipe
+    with pytest.raises(recipes.RecipeError, match=message):
+        recipes.Recipe("r", **how)
+
+
+@pytest.mark.parametrize(
+    "options", [{"outlier": 0.5}, {"error": 0}, {"most": 2}, {"smooth": -1}, {"hadamard": 1}]
+)
+def test_options_out_of_range_are_refused(options):
+    with pytest.raises(recipes.RecipeError, match=f"steps.fmpq.{next(iter(options))}: expected"):
+        fmpq.Fmpq(**options)
