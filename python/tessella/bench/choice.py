@@ -97,13 +97,13 @@ def table(results: Results, model: str) -> Table:
     head += ["cache bytes", *(f"{heading} vs bf16" for heading in SPEEDS)]
     cells = []
     for row in found:
-        share, cache = row.any["w4a4_fraction"], row.any["cache_bytes_per_token"]
+        cache = row.any["cache_bytes_per_token"]
         cells.append(
             [
                 f"`{row.recipe}`",
                 "" if row.kv is None else f"`{row.kv}`",
                 *(_ratio(row.by_outliers.get(c)) for c in columns),
-                "" if share is None else f"{share:.0%}",
+                _share(row),
                 f"{row.any['weight_bytes'] / 1e6:.1f}",
                 "" if cache is None else f"{cache:,.0f}",
                 *(f"{row.speeds[h]:.2f}x" if h in row.speeds else "" for h in SPEEDS),
@@ -115,6 +115,15 @@ def table(results: Results, model: str) -> Table:
 def _outliers(found: Sequence[Row]) -> list[str]:
     kinds = dict.fromkeys(o for row in found for o in row.by_outliers if o != PLAIN)
     return sorted(kinds, key=lambda o: float(o.rpartition("x")[2]))
+
+
+def _share(row: Row) -> str:
+    """Share of W4A4, or the smallest and the largest one where outliers change it."""
+    found = [r["w4a4_fraction"] for r in row.by_outliers.values()]
+    if None in found:
+        return ""
+    ends = dict.fromkeys(f"{share:.0%}" for share in (min(found), max(found)))
+    return " to ".join(ends)
 
 
 def _ratio(r: Record | None) -> str:
