@@ -327,7 +327,7 @@ def test_bad_recipes_are_refused(toml, message, tmp_path):
 
 
 def test_unknown_recipes_are_refused(tmp_path):
-    with pytest.raises(RecipeError, match=r"one of w4a8, w4a8-g128, .*w4a8kv4 or a TOML file, got"):
+    with pytest.raises(RecipeError, match=r"one of w4a8, w4a8-g128, .*w4axkv4 or a TOML file, got"):
         recipes.load("w4a7")
     with pytest.raises(RecipeError, match=r"cannot read .*nothing\.toml"):
         recipes.load(tmp_path / "nothing.toml")
