@@ -9,7 +9,18 @@ from typing import Annotated
 
 import typer
 
-from tessella.cli import bench, demo, eval, generate, info, plan, quantize, tune
+from tessella.cli import (
+    bench,
+    demo,
+    eval,
+    generate,
+    heal,
+    info,
+    plan,
+    quantize,
+    to_mla,
+    tune,
+)
 
 app = typer.Typer(
     name="tessella",
@@ -20,6 +31,8 @@ app = typer.Typer(
 app.command("demo")(demo.demo)
 app.command("info")(info.info)
 app.command("quantize")(quantize.quantize)
+app.command("to-mla")(to_mla.to_mla)
+app.command("heal")(heal.heal)
 app.command("generate")(generate.generate)
 app.command("eval")(eval.evaluate)
 app.add_typer(plan.app, name="plan")
