@@ -11,12 +11,61 @@ from torch import nn
 from tessella.bench import records
 from tessella.models.linear import W4AxLinear
 
-KEY = ("model", "recipe", "kv", "ctx")
+KEY = ("model", "recipe", "kv", "ctx", "text")
 """What makes two records the same evaluation."""
 
 
-def record(model: str, lm: nn.Module, answer: dict[str, Any], ctx: int) -> dict[str, Any]:
-    """The record of one evaluation: `answer` is what ``tessella eval --json`` prints."""
+def record(
+    model: str, lm: nn.Module, answer: dict[str, Any], ctx: int, text: str = ""
+) -> dict[str, Any]:
+    """The record of one evaluation: `answer` is what ``tessella eval --json`` prints.
+
+    For a model with latent attention `model` is what it was converted from, the recipe says how,
+    and `latent` has the details; without a codec the cache is of 16 bits.
+    """
+    if lm.config.model_type == "tessella_mla":
+        found = _record(model, lm, answer, ctx)
+        latents = _latents(lm, text)
+        how = latent_recipe(latents["latent"])
+        recipe = how if found["recipe"] == "bf16" else f"{how}, {found['recipe']}"
+        return {**found, **latents, "model": latents["model"] or found["model"], "recipe": recipe}
+    return _record(model, lm, answer, ctx) | ({"text": text} if answer["kv"] is None else {})
+
+
+def _latents(lm: nn.Module, text: str) -> dict[str, Any]:
+    """What a record of a model with latent attention has else."""
+    c = lm.config
+    conversion = c.conversion or {}
+    ranks = [c.rank(i) for i in range(c.num_hidden_layers)]
+    healed = conversion.get("healed") or {}
+    return {
+        "model": conversion.get("source"),
+        "text": text,
+        "latent": {
+            "rank": sum(ranks) / len(ranks),
+            "ranks": c.layer_kv_lora_ranks,
+            "rope": c.qk_rope_head_dim,
+            "fold": conversion.get("fold"),
+            "folds": conversion.get("folds"),
+            "hadamard": conversion.get("hadamard", False),
+            "healed": healed,
+            "bytes_per_token": 2 * (sum(ranks) + len(ranks) * c.qk_rope_head_dim),
+        },
+    }
+
+
+def latent_recipe(latent: dict[str, Any]) -> str:
+    """A name for how a model was converted, distinct for distinct conversions."""
+    layers = " by layer" if latent["ranks"] else ""
+    parts = [f"mla {latent['rank']:.0f}{layers} + {latent['rope']}", f"fold {latent['fold']}"]
+    parts += ["hadamard"] * bool(latent["hadamard"])
+    if healed := latent["healed"]:
+        parts += [f"healed {healed['steps']}"]
+        parts += [f"sft {healed['sft_steps']}"] * bool(healed.get("sft_steps"))
+    return ", ".join(parts)
+
+
+def _record(model: str, lm: nn.Module, answer: dict[str, Any], ctx: int) -> dict[str, Any]:
     quantization = getattr(lm.config, "quantization_config", None)
     recipe = getattr(quantization, "recipe", {}).get("name", "bf16")
     weights = sum(t.numel() * t.element_size() for t in _weights(lm))

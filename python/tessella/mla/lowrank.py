@@ -82,6 +82,15 @@ def hadamard(n: int, dtype: torch.dtype = torch.float64) -> Tensor:
     return h
 
 
+def per_token(latent: Tensor, bits: int) -> Tensor:
+    """[..., L] rounded to symmetric codes of `bits` with one fp16 scale a token, and back."""
+    top = 2 ** (bits - 1) - 1
+    x = latent.float()
+    scale = (x.abs().amax(-1, keepdim=True) / top).half().float()
+    codes = (x / scale.clamp_min(torch.finfo(torch.float32).tiny)).round().clamp(-top, top)
+    return (codes * scale).to(latent.dtype)
+
+
 def allocate(energies: list[Tensor], rank: int, step: int, most: int) -> list[int]:
     """A rank for each layer, `rank` in the mean, where each step keeps the most energy.
 
