@@ -7,6 +7,7 @@ A block is everything between ``<!-- generated: KIND ARGUMENT -->`` and ``<!-- e
 * ``summary FILE [KEY=VALUE...]``, ``detail FILE [KEY=VALUE...]``: tables of a results file below
   bench/results, of all records or of those whose case has these values
 * ``accuracy FILE``: the evaluations in a results file below bench/results/accuracy
+* ``latents FILE``: the same of models with latent attention
 
 ``python docs/generate.py`` rewrites them in place; tests/test_repo.py fails when one is stale.
 """
@@ -83,6 +84,13 @@ def accuracy(path: str, read: Read) -> str:
     return accuracy.markdown(json.loads(read(f"bench/results/accuracy/{path}")))
 
 
+def latents(path: str, read: Read) -> str:
+    """The evaluations of models with latent attention in bench/results/accuracy/<path>."""
+    from tessella.bench import accuracy
+
+    return accuracy.latents_markdown(json.loads(read(f"bench/results/accuracy/{path}")))
+
+
 def _table(kind: str, arg: str, read: Read) -> str:
     from tessella.bench import tables
     from tessella.bench.suite import Selection
@@ -95,7 +103,9 @@ def _table(kind: str, arg: str, read: Read) -> str:
     return f"{getattr(tables, kind)(records, path).markdown()}\n\n{tables.source(records)}."
 
 
-KINDS: dict[str, Callable] = {f.__name__: f for f in (schema, commands, summary, detail, accuracy)}
+KINDS: dict[str, Callable] = {
+    f.__name__: f for f in (schema, commands, summary, detail, accuracy, latents)
+}
 
 
 def main() -> None:

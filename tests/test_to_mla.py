@@ -318,6 +318,7 @@ def test_interrupted_conversions_resume_to_the_same_bytes(sources, tmp_path):
         (Options(64, 32, 3), r"fold: expected a multiple of the collapse 2 .*such as 2, 4.*got 3"),
         (Options(64, 32, 1), r"multiple of the collapse 2 .*got 1"),
         (Options(64, 32, 64), r"divides 32.*got 64"),
+        (Options(64, 32, (4, 4, 4)), r"fold: expected 1 or 2 numbers, got 3"),
         (Options(64, 48), r"rope: expected head_dim / 1, 2 or 4 = 64, 32, 16 .*got 48"),
         (Options(64, 32, "best"), r"fold: expected a number.*got 'best'"),
     ],
@@ -381,7 +382,9 @@ def test_command(sources, text, tmp_path):
     answer = answer_of(run(*args, "--json"))
     assert {"ppl_before", "folds", "bytes_per_token"} <= answer.keys()
     assert len(answer["folds"]) == 2 and answer["bytes_per_token"] == 2 * 2 * (96 + 32)
-    shown = run(*args[:2], tmp_path / "two", *args[3:], "--fold", 4, "--hadamard", "--layer-ranks")
+    shown = run(
+        *args[:2], tmp_path / "two", *args[3:], "--fold", "4,2", "--hadamard", "--layer-ranks"
+    )
     assert shown.exit_code == 0 and "key energy" in shown.stdout
     scored = answer_of(
         run(

@@ -47,6 +47,7 @@ def _latents(lm: nn.Module, text: str) -> dict[str, Any]:
             "rope": c.qk_rope_head_dim,
             "fold": conversion.get("fold"),
             "folds": conversion.get("folds"),
+            "window": conversion.get("window"),
             "hadamard": conversion.get("hadamard", False),
             "healed": healed,
             "bytes_per_token": 2 * (sum(ranks) + len(ranks) * c.qk_rope_head_dim),
@@ -57,7 +58,9 @@ def _latents(lm: nn.Module, text: str) -> dict[str, Any]:
 def latent_recipe(latent: dict[str, Any]) -> str:
     """A name for how a model was converted, distinct for distinct conversions."""
     layers = " by layer" if latent["ranks"] else ""
-    parts = [f"mla {latent['rank']:.0f}{layers} + {latent['rope']}", f"fold {latent['fold']}"]
+    chosen = latent["fold"] in ("auto", "adaptive") and latent["window"]
+    fold = f"{latent['fold']} at {latent['window']}" if chosen else str(latent["fold"])
+    parts = [f"mla {latent['rank']:.0f}{layers} + {latent['rope']}", f"fold {fold}"]
     parts += ["hadamard"] * bool(latent["hadamard"])
     if healed := latent["healed"]:
         parts += [f"healed {healed['steps']}"]
@@ -118,6 +121,36 @@ def markdown(records: list[dict[str, Any]]) -> str:
     )
     commits = sorted({f"{r['commit']} of {r['date']}" for r in records})
     return "\n".join(lines) + f"\n\n{'; '.join(about)}; measured at {', '.join(commits)}."
+
+
+def latents_markdown(records: list[dict[str, Any]]) -> str:
+    """A table of models with latent attention beside their original."""
+    head = ("conversion", "latent", "bytes a token", "perplexity", "ratio", "KL", "top-1")
+    lines = ["| " + " | ".join(head) + " |", "|---|---|" + "---:|" * (len(head) - 2)]
+    for r in records:
+        latent = r.get("latent") or {}
+        codec = (r["kv"] or "").removeprefix("paper:latent:")
+        kind = "" if not latent else f"INT{codec}" if codec else "bf16"
+        nbytes = "" if not latent else f"{_latent_bytes(latent, codec):,.0f}"
+        ratio = f"{r['ppl_ratio']:.4f} ± {r['ppl_ratio_stderr']:.4f}"
+        name = r["recipe"] if latent else "the original, grouped queries"
+        if r["text"] not in (records[0]["text"], ""):
+            name += f" (on {r['text']})"
+        cells = (name, kind, nbytes, f"{r['ppl']:.4f}", ratio)
+        lines.append("| " + " | ".join((*cells, f"{r['kl']:.5f}", f"{r['top1']:.2%}")) + " |")
+    about = sorted(
+        {f"{r['model']}, {r['tokens']:,} tokens, windows of {r['ctx']}" for r in records}
+    )
+    commits = sorted({f"{r['commit']} of {r['date']}" for r in records})
+    return "\n".join(lines) + f"\n\n{'; '.join(about)}; measured at {', '.join(commits)}."
+
+
+def _latent_bytes(latent: dict[str, Any], bits: str) -> float:
+    """Of a token in all layers: the latent in codes with an fp16 scale, the rope key in bf16."""
+    if not bits:
+        return latent["bytes_per_token"]
+    layers = len(latent["folds"])
+    return layers * (latent["rank"] * int(bits) / 8 + 2 + 2 * latent["rope"])
 
 
 def _weights(lm: nn.Module) -> list:

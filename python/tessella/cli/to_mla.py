@@ -36,7 +36,9 @@ def to_mla(
     ] = None,
     fold: Annotated[
         str,
-        typer.Option(help="Frequencies treated as one: a number, auto (one), adaptive (by layer)."),
+        typer.Option(
+            help="Frequencies treated as one: a number, one a layer (4,2,2), auto or adaptive."
+        ),
     ] = "adaptive",
     hadamard: Annotated[
         bool, typer.Option("--hadamard", help="Rotate latents for caches of 4 and 8 bits.")
@@ -108,10 +110,12 @@ def to_mla(
         s.answer(dataclasses.asdict(report))
 
 
-def _fold(text: str) -> int | str:
-    """The option's value; what is no number is left to the conversion to judge."""
+def _fold(text: str) -> int | str | tuple[int, ...]:
+    """The option's value: a number, numbers with commas, or a word."""
     if text.isdecimal():
         return int(text)
+    if all(part.isdecimal() for part in text.split(",")):
+        return tuple(int(part) for part in text.split(","))
     if text not in ("auto", "adaptive"):
         raise CommandError(f"--fold: expected a number, auto or adaptive, got {text!r}")
     return text

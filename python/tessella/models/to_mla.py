@@ -60,7 +60,7 @@ class Options:
     Attributes:
         rank: L; with `layer_ranks` the mean over layers.
         rope: R, head_dim / 1, 2 or 4.
-        fold: a number, "auto" (one for all layers) or "adaptive" (layer by layer).
+        fold: a number, one for each layer, "auto" (one for all) or "adaptive" (layer by layer).
         hadamard: spread the latent's energy over its channels, for caches of few bits.
         layer_ranks: give each layer its rank, from how its energy falls off.
         criterion: how folds are compared: "kl" to the original's predictions, or "ppl" of the text.
@@ -68,7 +68,7 @@ class Options:
 
     rank: int = 512
     rope: int = 64
-    fold: int | str = AUTO
+    fold: int | str | tuple[int, ...] = AUTO
     hadamard: bool = False
     layer_ranks: bool = False
     criterion: str = "kl"
@@ -158,8 +158,12 @@ def _check(decoder: CheckpointDecoder, options: Options, cal: Tensor, sel: Tenso
     heads = decoder.heads
     collapse = collapse_of(heads, options.rope)
     check_rank(heads, options.rope, options.rank)
-    if isinstance(options.fold, int):
-        check_fold(heads, collapse, options.fold)
+    if not isinstance(options.fold, str):
+        given = (options.fold,) if isinstance(options.fold, int) else options.fold
+        if len(given) not in (1, decoder.count):
+            raise MLAError(f"fold: expected 1 or {decoder.count} numbers, got {len(given)}")
+        for fold in given:
+            check_fold(heads, collapse, fold)
     elif options.fold not in (AUTO, ADAPTIVE):
         raise MLAError(f"fold: expected a number, {AUTO} or {ADAPTIVE}, got {options.fold!r}")
     if options.criterion not in CRITERIA:
@@ -199,7 +203,7 @@ class _Conversion:
         rotations = [self._rotation(i, fold) for i, fold in enumerate(folds)]
         ranks = self._ranks(rotations)
         files = self._write_layers(calibration, selection, rotations, ranks)
-        self._write_rest(files, folds, ranks)
+        self._write_rest(files, folds, ranks, selection.shape[1])
         element, original = 2, 2 * self.heads.width
         W = self.heads.width
         return MLAReport(
@@ -239,8 +243,8 @@ class _Conversion:
 
     def _folds(self, selection: Tensor) -> list[int]:
         wanted, legal = self.options.fold, folds_of(self.heads, self.collapse)
-        if isinstance(wanted, int):
-            return [wanted] * self.count
+        if not isinstance(wanted, str):
+            return [wanted] * self.count if isinstance(wanted, int) else list(wanted)
         known = self.partial.finished.get("folds", {"folds": []})["folds"]
         if len(known) == self.count:
             return known
@@ -309,7 +313,7 @@ class _Conversion:
         return files
 
     def _write_rest(
-        self, files: dict[str, dict[str, int]], folds: list[int], ranks: list[int]
+        self, files: dict[str, dict[str, int]], folds: list[int], ranks: list[int], window: int
     ) -> None:
         """Embedding, norm and head; index, config.json, and what is carried over."""
         source, arch = self.decoder.source, self.decoder.arch
@@ -324,6 +328,7 @@ class _Conversion:
         }
         self.partial.write_text(INDEX, json.dumps(index, indent=2) + "\n")
         config = _config(self.decoder, self.options, folds, ranks)
+        config["conversion"]["window"] = window  # of the text that folds were chosen on
         self.partial.write_text(CONFIG, json.dumps(config, indent=2) + "\n")
         carry_over(source, self.partial)
 
