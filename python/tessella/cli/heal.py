@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.progress import Progress as Bar
 
 from tessella.cli.session import CommandError, Debug, Json, session
 
@@ -23,6 +25,19 @@ class TrainingDevice(str, Enum):
     npu = "npu"
 
 
+Steps = Annotated[int, typer.Option(min=0, help="Of distillation.")]
+Batch = Annotated[int, typer.Option(min=1, help="Windows or examples in a step.")]
+Context = Annotated[int, typer.Option(min=8, help="Tokens in a window, most of an example.")]
+Rate = Annotated[float, typer.Option(help="Highest learning rate of distillation.")]
+Share = Annotated[
+    float, typer.Option(min=0, max=1, help="Share of steps on text that the student writes.")
+]
+SftSteps = Annotated[int, typer.Option(min=0, help="Of fine-tuning.")]
+SftRate = Annotated[float, typer.Option(help="Highest learning rate of fine-tuning.")]
+Seed = Annotated[int, typer.Option(help="Of the order of the data, and of sampling.")]
+Every = Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")]
+
+
 def heal(
     student: Annotated[str, typer.Argument(help="Converted model: folder or hub id.")],
     out: Annotated[Path, typer.Argument(help="Folder to create; must be new or empty.")],
@@ -36,18 +51,15 @@ def heal(
         Path | None,
         typer.Option(help="Instructions, .jsonl: prompt and completion, messages, or text."),
     ] = None,
-    steps: Annotated[int, typer.Option(min=0, help="Of distillation.")] = 1000,
-    batch: Annotated[int, typer.Option(min=1, help="Windows or examples in a step.")] = 16,
-    ctx: Annotated[int, typer.Option(min=8, help="Tokens in a window, most of an example.")] = 512,
-    lr: Annotated[float, typer.Option(help="Highest learning rate of distillation.")] = 3e-4,
-    on_policy: Annotated[
-        float,
-        typer.Option(min=0, max=1, help="Share of steps on text that the student writes."),
-    ] = 0.0,
-    sft_steps: Annotated[int, typer.Option(min=0, help="Of fine-tuning.")] = 200,
-    sft_lr: Annotated[float, typer.Option(help="Highest learning rate of fine-tuning.")] = 1e-5,
-    seed: Annotated[int, typer.Option(help="Of the order of the data, and of sampling.")] = 0,
-    save_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 500,
+    steps: Steps = 1000,
+    batch: Batch = 16,
+    ctx: Context = 512,
+    lr: Rate = 3e-4,
+    on_policy: Share = 0.0,
+    sft_steps: SftSteps = 200,
+    sft_lr: SftRate = 1e-5,
+    seed: Seed = 0,
+    save_every: Every = 500,
     device: Annotated[TrainingDevice, typer.Option(help="Where to train.")] = TrainingDevice.cpu,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
     json: Json = False,
@@ -87,41 +99,29 @@ def heal(
             found = token_windows(tokenizer, read_documents(text), ctx)
             (windows,) = spread(found, [len(found)], f"--text {text}")
         examples = None if sft is None else read_examples(sft, tokenizer, ctx)
-        options = training.HealOptions(
-            steps=steps,
-            batch=batch,
-            lr=lr,
-            on_policy=on_policy,
-            sft_steps=sft_steps,
-            sft_lr=sft_lr,
-            seed=seed,
-            save_every=save_every,
-        )
+        rates = {"lr": lr, "sft_lr": sft_lr, "on_policy": on_policy}
+        counts = {"steps": steps, "sft_steps": sft_steps, "batch": batch, "save_every": save_every}
+        how = {"teacher": teacher, "windows": windows, "examples": examples, "resume": resume}
+        how["options"] = training.HealOptions(seed=seed, **rates, **counts)
         with s.progress("steps") as bar:
-            tasks: dict[str, int] = {}
-
-            def show(p: Progress) -> None:
-                if p.stage not in tasks:
-                    tasks[p.stage] = bar.add_task(p.stage, total=p.steps)
-                bar.update(
-                    tasks[p.stage], completed=p.step, description=f"{p.stage}, loss {p.loss:.4f}"
-                )
-
-            report = training.heal(
-                student,
-                out,
-                teacher=teacher,
-                windows=windows,
-                examples=examples,
-                options=options,
-                device=device.value,
-                resume=resume,
-                progress=show,
-            )
+            how |= {"device": device.value, "progress": _shown_on(bar)}
+            report = training.heal(student, out, **how)
         s.show(_summary(report, out))
         answer = dataclasses.asdict(report)
         del answer["losses"]  # OUT/loss.json has them
         s.answer(answer)
+
+
+def _shown_on(bar: Bar) -> Callable[[Progress], None]:
+    """A callback with a bar for each stage."""
+    tasks: dict[str, int] = {}
+
+    def show(p: Progress) -> None:
+        if p.stage not in tasks:
+            tasks[p.stage] = bar.add_task(p.stage, total=p.steps)
+        bar.update(tasks[p.stage], completed=p.step, description=f"{p.stage}, loss {p.loss:.4f}")
+
+    return show
 
 
 def _check_device(device: TrainingDevice) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.progress import Progress
 from rich.table import Table
 
 from tessella.cli.loading import Device, DeviceOption, check_device
@@ -96,18 +98,22 @@ def to_mla(
         windows = token_windows(tokenizer, documents, ctx)
         texts = spread(windows, counts, f"calibration: {calib}")
         with s.progress() as bar:
-            tasks: dict[str, int] = {}
-
-            def show(step: Step) -> None:
-                if step.stage not in tasks:
-                    tasks[step.stage] = bar.add_task(step.stage, total=step.total)
-                bar.update(tasks[step.stage], completed=step.done)
-
-            report = conversion.to_mla(
-                model, out, options, *texts, device=where, resume=resume, progress=show
-            )
+            how = {"device": where, "resume": resume, "progress": _shown_on(bar)}
+            report = conversion.to_mla(model, out, options, *texts, **how)
         s.show(_layers(report), _summary(report, out))
         s.answer(dataclasses.asdict(report))
+
+
+def _shown_on(bar: Progress) -> Callable[[Step], None]:
+    """A callback with a bar for each pass."""
+    tasks: dict[str, int] = {}
+
+    def show(step: Step) -> None:
+        if step.stage not in tasks:
+            tasks[step.stage] = bar.add_task(step.stage, total=step.total)
+        bar.update(tasks[step.stage], completed=step.done)
+
+    return show
 
 
 def _fold(text: str) -> int | str | tuple[int, ...]:
