@@ -407,5 +407,5 @@ def test_command(sources, text, tmp_path):
     refused(run("to-mla", tmp_path / "mla", tmp_path / "x", *common), "latent attention already")
     short = tmp_path / "short.txt"
     short.write_text("w1 w2 w3")
-    refused(run("to-mla", sources["llama"], tmp_path / "x", "--calib", short), "windows of 512")
+    refused(run("to-mla", sources["llama"], tmp_path / "x", "--calib", short), "windows of 1024")
     assert not (tmp_path / "x").exists()

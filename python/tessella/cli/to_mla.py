@@ -53,7 +53,9 @@ def to_mla(
     ] = Criterion.kl,
     calib_tokens: Annotated[int, typer.Option(min=1, help="Tokens of statistics.")] = 32768,
     select_tokens: Annotated[int, typer.Option(min=1, help="Tokens folds are tried on.")] = 16384,
-    ctx: Annotated[int, typer.Option(min=8, help="Tokens in a window of them.")] = 512,
+    ctx: Annotated[
+        int, typer.Option(min=8, help="Tokens in a window of them: as long as texts will be.")
+    ] = 1024,
     device: DeviceOption = Device.cpu,
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue an interrupted conversion.")
