@@ -10,6 +10,7 @@ A block is everything between ``<!-- generated: KIND ARGUMENT -->`` and ``<!-- e
 * ``choice MODEL``: every recipe on a model, with accuracy, bytes and speed
 * ``layers``: recipes on wide synthetic layers
 * ``papers``: numbers of the papers beside those of the results files
+* ``latents FILE``: the same of models with latent attention
 
 ``python docs/generate.py`` rewrites them in place; tests/test_repo.py fails when one is stale.
 """
@@ -111,6 +112,13 @@ def papers(_: None, read: Read) -> str:
     return papers.markdown(read)
 
 
+def latents(path: str, read: Read) -> str:
+    """The evaluations of models with latent attention in bench/results/accuracy/<path>."""
+    from tessella.bench import accuracy
+
+    return accuracy.latents_markdown(json.loads(read(f"bench/results/accuracy/{path}")))
+
+
 def _table(kind: str, arg: str, read: Read) -> str:
     from tessella.bench import tables
     from tessella.bench.suite import Selection
@@ -124,7 +132,8 @@ def _table(kind: str, arg: str, read: Read) -> str:
 
 
 KINDS: dict[str, Callable] = {
-    f.__name__: f for f in (schema, commands, summary, detail, accuracy, choice, layers, papers)
+    f.__name__: f
+    for f in (schema, commands, summary, detail, accuracy, choice, latents, layers, papers)
 }
 
 

@@ -13,12 +13,64 @@ from tessella.models.linear import W4AxLinear
 from tessella.models.outliers import NOTE, Outliers
 from tessella.quant.fmpq import w4a4_share
 
-KEY = ("model", "recipe", "kv", "ctx", "outliers")
+KEY = ("model", "recipe", "kv", "ctx", "text", "outliers")
 """What makes two records the same evaluation."""
 
 
-def record(model: str, lm: nn.Module, answer: dict[str, Any], ctx: int) -> dict[str, Any]:
-    """The record of one evaluation: `answer` is what ``tessella eval --json`` prints."""
+def record(
+    model: str, lm: nn.Module, answer: dict[str, Any], ctx: int, text: str = ""
+) -> dict[str, Any]:
+    """The record of one evaluation: `answer` is what ``tessella eval --json`` prints.
+
+    For a model with latent attention `model` is what it was converted from, the recipe says how,
+    and `latent` has the details; without a codec the cache is of 16 bits.
+    """
+    if lm.config.model_type == "tessella_mla":
+        found = _record(model, lm, answer, ctx)
+        latents = _latents(lm, text)
+        how = latent_recipe(latents["latent"])
+        recipe = how if found["recipe"] == "bf16" else f"{how}, {found['recipe']}"
+        return {**found, **latents, "model": latents["model"] or found["model"], "recipe": recipe}
+    return _record(model, lm, answer, ctx) | ({"text": text} if answer["kv"] is None else {})
+
+
+def _latents(lm: nn.Module, text: str) -> dict[str, Any]:
+    """What a record of a model with latent attention has else."""
+    c = lm.config
+    conversion = c.conversion or {}
+    ranks = [c.rank(i) for i in range(c.num_hidden_layers)]
+    healed = conversion.get("healed") or {}
+    return {
+        "model": conversion.get("source"),
+        "text": text,
+        "latent": {
+            "rank": sum(ranks) / len(ranks),
+            "ranks": c.layer_kv_lora_ranks,
+            "rope": c.qk_rope_head_dim,
+            "fold": conversion.get("fold"),
+            "folds": conversion.get("folds"),
+            "window": conversion.get("window"),
+            "hadamard": conversion.get("hadamard", False),
+            "healed": healed,
+            "bytes_per_token": 2 * (sum(ranks) + len(ranks) * c.qk_rope_head_dim),
+        },
+    }
+
+
+def latent_recipe(latent: dict[str, Any]) -> str:
+    """A name for how a model was converted, distinct for distinct conversions."""
+    layers = " by layer" if latent["ranks"] else ""
+    chosen = latent["fold"] in ("auto", "adaptive") and latent["window"]
+    fold = f"{latent['fold']} at {latent['window']}" if chosen else str(latent["fold"])
+    parts = [f"mla {latent['rank']:.0f}{layers} + {latent['rope']}", f"fold {fold}"]
+    parts += ["hadamard"] * bool(latent["hadamard"])
+    if healed := latent["healed"]:
+        parts += [f"healed {healed['steps']}"]
+        parts += [f"sft {healed['sft_steps']}"] * bool(healed.get("sft_steps"))
+    return ", ".join(parts)
+
+
+def _record(model: str, lm: nn.Module, answer: dict[str, Any], ctx: int) -> dict[str, Any]:
     quantization = getattr(lm.config, "quantization_config", None)
     recipe = getattr(quantization, "recipe", {}).get("name", "bf16")
     weights = sum(t.numel() * t.element_size() for t in _weights(lm))
@@ -99,6 +151,36 @@ def _w4a4_fraction(lm: nn.Module) -> float | None:
         return None
     shapes = ((m.out_features, m.in_features, m.k8) for m in linears)
     return round(w4a4_share(shapes), 4)
+
+
+def latents_markdown(records: list[dict[str, Any]]) -> str:
+    """A table of models with latent attention beside their original."""
+    head = ("conversion", "latent", "bytes a token", "perplexity", "ratio", "KL", "top-1")
+    lines = ["| " + " | ".join(head) + " |", "|---|---|" + "---:|" * (len(head) - 2)]
+    for r in records:
+        latent = r.get("latent") or {}
+        codec = (r["kv"] or "").removeprefix("paper:latent:")
+        kind = "" if not latent else f"INT{codec}" if codec else "bf16"
+        nbytes = "" if not latent else f"{_latent_bytes(latent, codec):,.0f}"
+        ratio = f"{r['ppl_ratio']:.4f} ± {r['ppl_ratio_stderr']:.4f}"
+        name = r["recipe"] if latent else "the original, grouped queries"
+        if r["text"] not in (records[0]["text"], ""):
+            name += f" (on {r['text']})"
+        cells = (name, kind, nbytes, f"{r['ppl']:.4f}", ratio)
+        lines.append("| " + " | ".join((*cells, f"{r['kl']:.5f}", f"{r['top1']:.2%}")) + " |")
+    about = sorted(
+        {f"{r['model']}, {r['tokens']:,} tokens, windows of {r['ctx']}" for r in records}
+    )
+    commits = sorted({f"{r['commit']} of {r['date']}" for r in records})
+    return "\n".join(lines) + f"\n\n{'; '.join(about)}; measured at {', '.join(commits)}."
+
+
+def _latent_bytes(latent: dict[str, Any], bits: str) -> float:
+    """Of a token in all layers: the latent in codes with an fp16 scale, the rope key in bf16."""
+    if not bits:
+        return latent["bytes_per_token"]
+    layers = len(latent["folds"])
+    return layers * (latent["rank"] * int(bits) / 8 + 2 + 2 * latent["rope"])
 
 
 def _weights(lm: nn.Module) -> list:

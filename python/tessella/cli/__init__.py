@@ -14,11 +14,13 @@ from tessella.cli import (
     demo,
     eval,
     generate,
+    heal,
     info,
     outliers,
     plan,
     quantize,
     tasks,
+    to_mla,
     tune,
 )
 
@@ -32,6 +34,8 @@ app.command("demo")(demo.demo)
 app.command("info")(info.info)
 app.command("quantize")(quantize.quantize)
 app.command("outliers")(outliers.outliers)
+app.command("to-mla")(to_mla.to_mla)
+app.command("heal")(heal.heal)
 app.command("generate")(generate.generate)
 app.command("eval")(eval.evaluate)
 app.command("tasks")(tasks.tasks)

@@ -92,7 +92,7 @@ def evaluate(
         for cache in caches:
             answer = _measure(s, lm, tokenizer, documents, cache, how)
             if save is not None:
-                accuracy.save(save, accuracy.record(model, lm, answer, ctx))
+                accuracy.save(save, accuracy.record(model, lm, answer, ctx, text.name))
             results.append(answer)
         s.answer(results[0] if len(results) == 1 else {"caches": results})
 

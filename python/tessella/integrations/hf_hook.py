@@ -1,8 +1,8 @@
-"""Registers the checkpoint format with transformers, without importing transformers.
+"""Registers the checkpoint formats with transformers, without importing transformers.
 
-Importing transformers' quantizers takes seconds, so ``import tessella`` only leaves a note in
-the import system: once something imports ``transformers.quantizers.auto`` (every model does),
-:mod:`tessella.integrations.hf` is imported and registers itself.
+Importing transformers takes seconds, so ``import tessella`` only leaves a note in the import
+system: once something imports one of transformers' registries (every model does), our module that
+belongs to it is imported and registers itself.
 """
 
 from __future__ import annotations
@@ -13,24 +13,34 @@ import importlib.util
 import sys
 import warnings
 
-_REGISTRY = "transformers.quantizers.auto"
+_REGISTRIES = {
+    "transformers.quantizers.auto": "tessella.integrations.hf",
+    "transformers.models.auto.configuration_auto": "tessella.integrations.mla_config",
+}
+"""Module of transformers that holds a registry, and ours that adds to it when imported."""
 
 
 def install() -> None:
-    """Register now if transformers' quantizers are loaded, otherwise as soon as they are."""
-    if _REGISTRY in sys.modules:
-        _register()
-    elif not any(isinstance(finder, _Watcher) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Watcher())
+    """Register now with what is loaded of transformers, and with the rest as soon as it is."""
+    watched = [name for name in _REGISTRIES if name not in sys.modules]
+    for name in _REGISTRIES.keys() - set(watched):
+        _register(name)
+    if watched and not any(isinstance(finder, _Watcher) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Watcher(watched))
 
 
 class _Watcher(importlib.abc.MetaPathFinder):
-    """Finds nothing itself; it makes the registry's loader register us after loading."""
+    """Finds nothing itself; it makes a registry's loader register us after loading."""
+
+    def __init__(self, watched: list[str]):
+        self._watched = set(watched)
 
     def find_spec(self, fullname, path, target=None):
-        if fullname != _REGISTRY:
+        if fullname not in self._watched:
             return None
-        sys.meta_path.remove(self)
+        self._watched.remove(fullname)
+        if not self._watched:
+            sys.meta_path.remove(self)
         spec = importlib.util.find_spec(fullname)
         if spec is None or spec.loader is None:
             return None
@@ -38,20 +48,20 @@ class _Watcher(importlib.abc.MetaPathFinder):
 
         def load_and_register(module) -> None:
             load(module)
-            _register()
+            _register(fullname)
 
         spec.loader.exec_module = load_and_register
         return spec
 
 
-def _register() -> None:
+def _register(registry: str) -> None:
     """Register; a transformers that does not fit must stay usable for everything else."""
     try:
         # It registers itself, also when this runs in the middle of its own import.
-        importlib.import_module("tessella.integrations.hf")
+        importlib.import_module(_REGISTRIES[registry])
     except Exception as e:
         warnings.warn(
-            f"tessella: 4-bit checkpoints cannot be loaded with this transformers: {e}",
+            f"tessella: its checkpoints cannot be loaded with this transformers: {e}",
             RuntimeWarning,
             stacklevel=2,
         )

@@ -46,6 +46,20 @@ def read_documents(path: str | Path) -> list[str]:
     return documents
 
 
+def read_lines(path: str | Path) -> list[tuple[int, str]]:
+    """(line number from 1, line) of a .jsonl or .jsonl.xz file, without blank lines.
+
+    Raises TextError: as :func:`read_documents`.
+    """
+    path = Path(path)
+    if not path.name.endswith((".jsonl", ".jsonl.xz")):
+        raise TextError(f"{path}: expected a name that ends in .jsonl or .jsonl.xz")
+    lines = _json_lines(_decode(path, _read_bytes(path)))
+    if not lines:
+        raise TextError(f"{path}: holds no text")
+    return lines
+
+
 def _read_bytes(path: Path) -> bytes:
     """The file's content, decompressed."""
     try:

@@ -71,7 +71,7 @@ def convert(
     started = time.perf_counter()
     target = Path(out).expanduser().resolve()
     check_target(target)
-    _check_device(device)
+    check_device(device)
     try:
         source = Checkpoint.open(resolve(model))
         _check_cache(source, recipe)
@@ -219,6 +219,11 @@ def _write_small_files(
         config["tie_word_embeddings"] = False
     config["quantization_config"] = QuantizationConfig(recipe, formats).to_dict()
     partial.write_text(CONFIG, json.dumps(config, indent=2) + "\n")
+    carry_over(source, partial)
+
+
+def carry_over(source: Checkpoint, partial: Partial) -> None:
+    """Copy what stands beside the weights: tokenizer, chat template, licence."""
     for pattern in CARRIED:
         for file in sorted(source.path.glob(pattern)):
             if file.is_file():
@@ -247,7 +252,8 @@ def _check_calibration(recipe: Recipe, calibration: Calibration | None) -> None:
         )
 
 
-def _check_device(device: str) -> None:
+def check_device(device: str) -> None:
+    """Refuse (ConversionError) a device that torch cannot use."""
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as e:  # torch without CUDA asserts
@@ -271,11 +277,15 @@ def _fingerprint(
     source: Checkpoint, recipe: Recipe, device: str, calibration: Calibration | None
 ) -> dict[str, Any]:
     """What the bytes of the result depend on, by topic."""
+    own = {"recipe": recipe.to_dict(), "calibration": calibration and calibration.digest()}
+    return {**own, **source_fingerprint(source, device)}
+
+
+def source_fingerprint(source: Checkpoint, device: str) -> dict[str, Any]:
+    """What every conversion of a checkpoint depends on."""
     files = sorted({info.file for info in source.tensors.values()})
     files += [source.path / CONFIG]
     return {
-        "recipe": recipe.to_dict(),
-        "calibration": calibration and calibration.digest(),
         "source": {file.name: _file_fingerprint(file) for file in files},
         "tessella version": __version__,
         "format version": FORMAT_VERSION,

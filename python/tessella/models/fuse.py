@@ -130,7 +130,7 @@ def fuse(model: nn.Module) -> int:
         if attention is None or mlp is None:
             continue
         readers = {
-            "input_layernorm": [getattr(attention, f"{p}_proj", None) for p in "qkv"],
+            "input_layernorm": _projections(attention),
             "post_attention_layernorm": [getattr(mlp, f"{p}_proj", None) for p in ("gate", "up")],
         }
         for name, linears in readers.items():
@@ -151,6 +151,13 @@ def fuse(model: nn.Module) -> int:
         if isinstance(module, W4AxLinear) and name.endswith(("self_attn.o_proj", "lm_head")):
             module.alone = True
     return replaced
+
+
+def _projections(attention: nn.Module) -> list[nn.Module | None]:
+    """The linears that read an attention's input; None for one that is not there."""
+    if (latent := getattr(attention, "kv_a_proj_with_mqa", None)) is not None:
+        return [getattr(attention, "q_proj", getattr(attention, "q_a_proj", None)), latent]
+    return [getattr(attention, f"{p}_proj", None) for p in "qkv"]
 
 
 def _is_rms_norm(norm: nn.Module | None) -> bool:

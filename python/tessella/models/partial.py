@@ -114,6 +114,11 @@ class Partial:
         self.finished[name] = {"file_bytes": file_bytes, **record}
         self._write_state()
 
+    def note(self, name: str, record: dict[str, Any]) -> None:
+        """Put JSON values on record without a file; `finished[name]` has them after a resume."""
+        self.finished[name] = {"file_bytes": None, **record}
+        self._write_state()
+
     def write_text(self, name: str, text: str) -> None:
         """Store a text file."""
         self._write(name, lambda temp: temp.write_text(text, encoding="utf-8"), len(text))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tessella.models.errors import CheckpointError
@@ -10,6 +10,10 @@ from tessella.models.errors import CheckpointError
 _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 _QKVO = (*_QKV, "self_attn.o_proj")
 _MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+_KV_LATENT = ("self_attn.kv_a_proj_with_mqa", "self_attn.kv_b_proj", "self_attn.o_proj")
+_Q_LATENT = ("self_attn.q_a_proj", "self_attn.q_b_proj")
+MLA = "TessellaMLAForCausalLM"
+"""Name of the architecture with latent attention (:mod:`tessella.integrations.mla_model`)."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,14 @@ ARCHITECTURES: dict[str, Architecture] = {
         norms=(*Architecture().norms, "self_attn.q_norm", "self_attn.k_norm"),
         biases=dict.fromkeys(_QKVO, "attention_bias"),
     ),
+    MLA: Architecture(
+        linears=("self_attn.q_proj", *_KV_LATENT, *_MLP),
+        biases={
+            **dict.fromkeys(("self_attn.q_proj", _KV_LATENT[0]), "attention_bias"),
+            "self_attn.o_proj": "attention_output_bias",
+            **dict.fromkeys(_MLP, "mlp_bias"),
+        },
+    ),
 }
 """Supported architectures by the name in config.json's `architectures`."""
 
@@ -59,4 +71,18 @@ def architecture(config: dict[str, Any], file: str) -> Architecture:
         raise CheckpointError(
             f"{file}: architectures: expected one of {', '.join(ARCHITECTURES)}, got {names[0]!r}"
         )
-    return ARCHITECTURES[names[0]]
+    arch = ARCHITECTURES[names[0]]
+    return _latent(arch, config) if names[0] == MLA else arch
+
+
+def _latent(arch: Architecture, config: dict[str, Any]) -> Architecture:
+    """The latent architecture with what its config adds: norms, queries of low rank."""
+    low, normed = config.get("q_lora_rank") is not None, config.get("qk_latent_layernorm")
+    if low:
+        biases = {"self_attn.q_a_proj": "attention_bias", **arch.biases}
+        del biases["self_attn.q_proj"]
+        arch = replace(arch, linears=(*_Q_LATENT, *arch.linears[1:]), biases=biases)
+    if normed:
+        norms = ("self_attn.q_a_layernorm",) * low + ("self_attn.kv_a_layernorm",)
+        arch = replace(arch, norms=(*arch.norms, *norms))
+    return arch
