@@ -1,10 +1,10 @@
 // Body of mla, compiled once per instruction set; masks, softmax state and results are those of
 // msm.
 //
-// A block of latents is brought into two orders, once for all heads of a token (and all tokens of
-// a tile): channels along the depth, for the scores, and keys along the depth, for the totals. Both
-// come from one read of the page. Panels of 64 columns lie one after another, so that a product
-// walks memory in order.
+// Latents are brought into two orders, once for all heads of a token (and all tokens of a tile), in
+// one read of the page. For the scores: channels along the depth, a few keys at a time, which are
+// multiplied at once while they are in L1. For the totals: keys along the depth, a whole block,
+// in panels of 64 channels, so that a product walks memory in order.
 //
 // "codes": queries and probabilities become INT8 and both products are dot products of bytes;
 // "tile", "bf16": codes are brought to fp32 or bf16, in which they are exact. In either case the
@@ -15,7 +15,6 @@ namespace latent {
 
 using attn::kInf;
 using attn::kMostRows;
-using attn::kSubRows;
 using attn::Product;
 using attn::Rows;
 using attn::State;
@@ -23,9 +22,11 @@ using layout::MlaPage;
 using mla::Params;
 using msm::Task;
 
-constexpr int kPanel = 64;       // columns that lie together
-constexpr int kPlainKeys = 128;  // of a block of plain numbers
-constexpr int kCodeKeys = 256;   // of a block of codes
+constexpr int kPanel = 64;                        // columns that lie together
+constexpr int kPlainKeys = 128;                   // of a block of plain numbers
+constexpr int kCodeKeys = 256;                    // of a block of codes
+constexpr int kGroupRows = kLanes == 16 ? 6 : 4;  // multiplied at a time, at most
+constexpr int kFetchSteps = 8;                    // steps along the depth between two fetches
 
 inline const F16* halves(const uint8_t* p) { return reinterpret_cast<const F16*>(p); }
 
@@ -65,32 +66,85 @@ inline bool stored_as([[maybe_unused]] int bits, [[maybe_unused]] DType dtype) {
     return bits == 16 && dtype == DType::kBF16;
 }
 
+// The pages of the next block, fetched into L2 a few lines at a time while this one is multiplied.
+class Fetch {
+ public:
+  // n keys from key0, over `calls` calls of some().
+  void begin(const Params& p, const Task& t, int64_t key0, int n, int calls) {
+    count_ = at_ = 0;
+    int64_t lines = 0;
+    for (int c = 0; c < n; c += 16) {
+      const uint8_t* blob = p.blob(t.request, key0 + c);
+      const int64_t row = (key0 + c) % p.Z;
+      lines += add(blob + p.page.latent(row, 0).byte, 16 * p.page.latent_row());
+      lines += add(blob + p.page.rope_at(row, 0), 16 * p.page.rope_row());
+      if (p.page.scaled()) lines += add(blob + p.page.scale(row), 32);
+    }
+    per_call_ = int(ceil_div(lines, calls));
+  }
+  void some() {
+    for (int left = per_call_; left > 0 && at_ < count_; --left) {
+      Run& run = runs_[at_];
+      prefetch_l2(run.next);
+      run.next += 64;
+      if (run.next >= run.end) ++at_;
+    }
+  }
+
+ private:
+  struct Run {
+    const uint8_t *next, *end;
+  };
+  int64_t add(const uint8_t* at, int64_t bytes) {
+    if (bytes == 0) return 0;
+    runs_[count_++] = {at, at + bytes};
+    return ceil_div(bytes, 64);
+  }
+
+  Run runs_[3 * kCodeKeys / 16];
+  int count_ = 0, at_ = 0, per_call_ = 0;
+};
+
 // What a task needs whatever it multiplies. Arrays end at a multiple of 16 keys.
 struct Shared {
   const Params& p;
   const Rows rows;
   State st;
+  Fetch fetch;
   float scale[kCodeKeys], weight[kCodeKeys];  // of the latents: for scores, and for probabilities
   float rope_scale[kCodeKeys];
 
   Shared(const Params& params, const Task& t) : p(params), rows(params, t, 0) { st.begin(t.rows); }
 
-  // Scales of n keys. A NaN spoils scores, and so what sees it; as a weight it is 0, so that
-  // what does not see it stays whole.
+  // Scales of n keys, 0 past them. A NaN spoils scores, and so what sees it; as a weight it is 0,
+  // so that what does not see it stays whole.
   void load_scales(int64_t key0, int n) {
     for (int c = 0; c < n; c += 16) {
       const uint8_t* blob = p.blob(rows.t.request, key0 + c);
       const int64_t t = (key0 + c) % p.Z;
-      for (int i = 0; i < 16; ++i) {
-        const bool real = c + i < n;
-        const float s = p.page.scaled() && real ? to_float(halves(blob + p.page.scale(t))[i]) : 0.f;
-        scale[c + i] = p.page.scaled() ? s : 1.f;
-        weight[c + i] = s == s ? s : 0.f;
-        rope_scale[c + i] = !p.page.rope_scaled() ? 1.f
-                            : real                ? to_float(halves(blob + p.page.rope_scale(t))[i])
-                                                  : 0.f;
+      for (int i = 0; i < 16; i += kLanes) {
+        store_f(scale + c + i,
+                p.page.scaled() ? load_x(halves(blob + p.page.scale(t)) + i) : one());
+        store_f(rope_scale + c + i,
+                p.page.rope_scaled() ? load_x(halves(blob + p.page.rope_scale(t)) + i) : one());
       }
     }
+    for (int c = n; c < int(round_up(n, 16)); ++c) scale[c] = rope_scale[c] = 0.f;
+    for (int c = 0; c < int(round_up(n, 16)); ++c)
+      weight[c] = scale[c] == scale[c] ? scale[c] : 0.f;
+  }
+  static VF one() { return set1_f(1.f); }
+
+  // Keys of the block at key0, of at most `most`; the next one's pages are fetched from now on.
+  // Each row of the tile takes part in `steps` steps of the products, kFetchSteps to a fetch.
+  int begin_block(int64_t key0, int most, int64_t steps) {
+    const int64_t left = rows.t.kv_end - key0;
+    if (left > most) {
+      const int64_t after = left - most, groups = ceil_div(rows.t.rows, kGroupRows);
+      fetch.begin(p, rows.t, key0 + most, int(after < most ? after : most),
+                  int(groups * steps / kFetchSteps));
+    }
+    return int(left < most ? left : most);
   }
 
   void load_rope_query(int r, float* to) const {
@@ -99,12 +153,12 @@ struct Shared {
                    p.dtype, p.page.R, to);
   }
 
-  // s = by * scale * s + rope_scale * rope, over the columns of a row.
-  void add_rope(float* s, const float* rope, float by, int columns) const {
+  // s = by * scale * s + rope_scale * rope, over some columns of a row from key `key` of the block.
+  void add_rope(float* s, const float* rope, float by, int key, int columns) const {
     const VF q = set1_f(by);
     for (int c = 0; c < columns; c += kLanes) {
-      VF x = mul(mul(load_f(s + c), q), load_f(scale + c));
-      if (rope) x = fma(load_f(rope + c), load_f(rope_scale + c), x);
+      VF x = mul(mul(load_f(s + c), q), load_f(scale + key + c));
+      if (rope) x = fma(load_f(rope + c), load_f(rope_scale + key + c), x);
       store_f(s + c, x);
     }
   }
@@ -132,11 +186,73 @@ struct Shared {
   }
 };
 
-// One panel after another: columns [0, columns) of c, and b's panels `panel` elements apart.
+// Calls f(Const<n>, first row) over all rows in groups as even as the sizes kRows allow, largest
+// size first: a group of one row would wait for its few sums in every step.
+template <int kMost, int... kRows, class F>
+inline void even_groups(int rows, const F& f) {
+  for (int r = 0; r < rows;) {
+    const int left = rows - r, want = int(ceil_div(left, ceil_div(left, kMost)));
+    int taken = 0;
+    auto take = [&](auto count) {
+      constexpr int kR = decltype(count)::value;
+      if (taken > 0 || kR > want) return;
+      f(count, r);
+      taken = kR;
+    };
+    (take(Const<kMost>{}), (take(Const<kRows>{}), ...));
+    r += taken;
+  }
+}
+
+// As attn::multiply, fetching on the way.
+template <class M, int kRows, int kVecs>
+__attribute__((noinline)) void multiply(const Product<M>& t, Fetch& fetch) {
+  VF acc[kRows][kVecs];
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 8
+    for (int v = 0; v < kVecs; ++v)
+      acc[r][v] = t.keep ? mul(set1_f(t.keep[r]), load_f(t.c + r * t.ldc + v * kLanes)) : zero_f();
+  const typename M::E* b = t.b;
+  for (int k0 = 0; k0 < t.depth; k0 += kFetchSteps * M::kPair) {
+    const int end = t.depth - k0 < kFetchSteps * M::kPair ? t.depth : k0 + kFetchSteps * M::kPair;
+    fetch.some();
+    for (int k = k0; k < end; k += M::kPair, b += t.ldb) {
+      typename M::Operand w[kVecs];
+#pragma GCC unroll 8
+      for (int v = 0; v < kVecs; ++v) w[v] = M::load(b + v * kLanes * M::kPair);
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) {
+        const typename M::Operand x = M::spread(t.a + r * t.lda + k);
+#pragma GCC unroll 8
+        for (int v = 0; v < kVecs; ++v) M::dot(acc[r][v], x, w[v]);
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 8
+    for (int v = 0; v < kVecs; ++v) store_f(t.c + r * t.ldc + v * kLanes, acc[r][v]);
+}
+
+// All rows against up to kPanel columns, in whole vectors.
 template <class M>
-inline void multiply_panels(Product<M> t, int rows, int columns, int64_t panel) {
-  for (int n = 0; n < columns; n += kPanel, t.b += panel, t.c += kPanel)
-    attn::multiply_all<M>(t, rows, columns - n < kPanel ? columns - n : kPanel);
+inline void multiply_panel(const Product<M>& all, int rows, int columns, Fetch& fetch) {
+  constexpr int kVecs = kLanes == 16 ? 4 : kLanes == 8 ? 2 : 1;
+  for (int n = 0; n < columns; n += kVecs * kLanes) {
+    auto group = [&](auto count, int r) {
+      Product<M> t = all;
+      t.b += n * M::kPair;
+      t.a += r * t.lda;
+      t.c += r * t.ldc + n;
+      if (t.keep) t.keep += r;
+      multiply<M, decltype(count)::value, kVecs>(t, fetch);
+    };
+    if constexpr (kLanes == 16)
+      even_groups<6, 5, 4, 3, 2, 1>(rows, group);
+    else
+      even_groups<4, 3, 2, 1>(rows, group);
+  }
 }
 
 // --- plain products
@@ -144,13 +260,13 @@ inline void multiply_panels(Product<M> t, int rows, int columns, int64_t panel) 
 template <class M>
 struct Plain : Shared {
   using E = typename M::E;
-  static constexpr int kBlock = kPlainKeys;
+  static constexpr int kBlock = kPlainKeys, kUnit = 64;
   const int64_t L, R, W;
   const bool folded;        // no scales: latents and rope are one product
-  float *o, *s, *s2, *row;  // totals [rows][L]; scores of latents and of rope [kSubRows][kBlock]
+  float *o, *s, *s2, *row;  // totals [rows][L]; scores [rows][kBlock], and of rope [rows][kUnit]
   E *q, *room;              // [rows][W]; 16 rows of W
-  E *kt, *v;                // [keys/64][W/pair][64][pair]; [L/64][keys/pair][64][pair]
-  E* probability;           // [kSubRows][kBlock]
+  E *kt, *v;                // [W/pair][kUnit][pair]; [L/64][keys/pair][64][pair]
+  E* probability;           // [rows][kBlock]
 
   Plain(const Params& params, const Task& t, float* at)
       : Shared(params, t),
@@ -164,14 +280,14 @@ struct Plain : Shared {
       return here;
     };
     o = take(t.rows * L);
-    s = take(kSubRows * kBlock);
-    s2 = take(kSubRows * kBlock);
+    s = take(t.rows * kBlock);
+    s2 = take(t.rows * kUnit);
     row = take(W);
     q = reinterpret_cast<E*>(take(t.rows * W));
     room = reinterpret_cast<E*>(take(16 * W));
-    kt = reinterpret_cast<E*>(take(W * kBlock));
+    kt = reinterpret_cast<E*>(take(W * kUnit));
     v = reinterpret_cast<E*>(take(L * kBlock));
-    probability = reinterpret_cast<E*>(take(kSubRows * kBlock));
+    probability = reinterpret_cast<E*>(take(t.rows * kBlock));
   }
 
   // Sixteen tokens of one part of their page as E, rows `stride` apart.
@@ -201,12 +317,10 @@ struct Plain : Shared {
 
   // `n` channels of 16 tokens -> columns c.. of kt, from channel d0 on.
   void transpose_in(const Part& part, int64_t n, int64_t d0, int c) {
-    for (int i = 0; i < 16; i += kLanes) {
-      E* to = kt + (c + i) / kPanel * (W * kPanel) + (c + i) % kPanel * M::kPair;
+    for (int i = 0; i < 16; i += kLanes)
       for (int64_t d = 0; d < n; d += M::kPair * kLanes)
         transpose(part.at + i * part.stride + d, part.stride * int64_t(sizeof(E)),
-                  to + (d0 + d) * kPanel, kPanel * 4);
-    }
+                  kt + (d0 + d) * kUnit + (c + i) * M::kPair, kUnit * 4);
   }
 
   // Up to 16 tokens, which become rows c.. of v; an odd one has a neighbour of zeros.
@@ -226,49 +340,56 @@ struct Plain : Shared {
     }
   }
 
-  void load(int64_t key0, int n) {
-    for (int c = 0; c < n; c += 16) {
-      const uint8_t* blob = p.blob(rows.t.request, key0 + c);
-      const int64_t t = (key0 + c) % p.Z;
-      const Part part = latents(blob, t);
-      transpose_in(part, L, 0, c);
-      weave_in(part, n - c < 16 ? n - c : 16, c);
-      if (R > 0) transpose_in(ropes(blob, t), R, L, c);
-    }
+  // Brings n keys, and scores all rows.
+  void score(int64_t key0, int n) {
     if (!folded) load_scales(key0, n);
+    for (int c = 0; c < n; c += kUnit) {
+      const int columns = int(round_up(n - c < kUnit ? n - c : kUnit, 16));
+      for (int i = 0; i < columns; i += 16) load(key0, c, i, n);
+      score_unit(c, columns);
+    }
   }
-
-  // Scores of `count` rows from r0.
-  void score(int r0, int count, int n) {
-    const int columns = int(round_up(n, 16));
-    Product<M> t{q + r0 * W, W, kt, kPanel * M::kPair, int(folded ? W : L), s, kBlock, nullptr};
-    multiply_panels<M>(t, count, columns, W * kPanel);
+  void load(int64_t key0, int c, int i, int n) {
+    const uint8_t* blob = p.blob(rows.t.request, key0 + c + i);
+    const int64_t t = (key0 + c + i) % p.Z;
+    const Part part = latents(blob, t);
+    transpose_in(part, L, 0, i);
+    weave_in(part, n - c - i < 16 ? n - c - i : 16, c + i);
+    if (R > 0) transpose_in(ropes(blob, t), R, L, i);
+  }
+  void score_unit(int c, int columns) {
+    const int count = rows.t.rows;
+    Product<M> t{q, W, kt, kUnit * M::kPair, int(folded ? W : L), s + c, kBlock, nullptr};
+    multiply_panel<M>(t, count, columns, fetch);
     if (folded) return;
     if (R > 0) {
       t.a += L;
-      t.b += L * kPanel;
+      t.b += L * kUnit;
       t.depth = int(R);
       t.c = s2;
-      multiply_panels<M>(t, count, columns, W * kPanel);
+      t.ldc = kUnit;
+      multiply_panel<M>(t, count, columns, fetch);
     }
     for (int r = 0; r < count; ++r)
-      add_rope(s + r * kBlock, R > 0 ? s2 + r * kBlock : nullptr, 1.f, columns);
+      add_rope(s + r * kBlock + c, R > 0 ? s2 + r * kUnit : nullptr, 1.f, c, columns);
   }
 
-  void weigh(int r0, int count, int64_t key0, int n) {
-    const int columns = int(round_up(n, 16));
+  void weigh(int64_t key0, int n) {
+    const int columns = int(round_up(n, 16)), count = rows.t.rows;
     for (int r = 0; r < count; ++r) {
       float* x = s + r * kBlock;
       E* to = probability + r * kBlock;
-      const bool seen = softmax<M::kPair == 1>(r0 + r, key0, n, x);
+      const bool seen = softmax<M::kPair == 1>(r, key0, n, x);
       for (int c = 0; c < columns; c += kLanes) {
         const VF e = seen ? load_f(x + c) : zero_f();
-        M::store_p(to + c, folded || !p.page.scaled() ? e : mul(e, load_f(weight + c)));
+        M::store_p(to + c, p.page.scaled() ? mul(e, load_f(weight + c)) : e);
       }
     }
-    multiply_panels<M>({probability, kBlock, v, kPanel * M::kPair, int(round_up(n, M::kPair)),
-                        o + r0 * L, L, st.keep + r0},
-                       count, int(L), kBlock * kPanel);
+    const int depth = int(round_up(n, M::kPair));
+    for (int64_t d = 0; d < L; d += kPanel)
+      multiply_panel<M>(
+          {probability, kBlock, v + d * kBlock, kPanel * M::kPair, depth, o + d, L, st.keep}, count,
+          kPanel, fetch);
   }
 
   void run() {
@@ -280,13 +401,9 @@ struct Plain : Shared {
     }
     __builtin_memset(o, 0, size_t(t.rows * L) * sizeof(float));
     for (int64_t key0 = t.kv_begin; key0 < t.kv_end; key0 += kBlock) {
-      const int n = int(t.kv_end - key0 < kBlock ? t.kv_end - key0 : kBlock);
-      load(key0, n);
-      for (int r0 = 0; r0 < t.rows; r0 += kSubRows) {
-        const int count = t.rows - r0 < kSubRows ? t.rows - r0 : kSubRows;
-        score(r0, count, n);
-        weigh(r0, count, key0, n);
-      }
+      const int n = begin_block(key0, kBlock, kBlock / kPanel * (W + L) / M::kPair);
+      score(key0, n);
+      weigh(key0, n);
     }
     for (int r = 0; r < t.rows; ++r) attn::finish_row(rows, st, r, o + r * L);
   }
@@ -298,7 +415,8 @@ struct Plain : Shared {
 struct CodeProduct {
   const uint8_t* a;  // [rows][lda]
   int64_t lda;
-  const uint8_t* b;  // [depth/4][64][4]
+  const uint8_t* b;  // [depth/4][columns][4], ldb bytes from one to the next
+  int64_t ldb;
   int depth;
   float* c;
   int64_t ldc;
@@ -307,7 +425,7 @@ struct CodeProduct {
 };
 
 template <bool kScores, int kRows, int kVecs>
-__attribute__((noinline)) void multiply_codes(const CodeProduct& t) {
+__attribute__((noinline)) void multiply_codes(const CodeProduct& t, Fetch& fetch) {
   VI acc[kRows][kVecs];
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r)
@@ -316,12 +434,13 @@ __attribute__((noinline)) void multiply_codes(const CodeProduct& t) {
   const uint8_t* b = t.b;
   for (int k0 = 0; k0 < t.depth; k0 += 32) {  // dot() sums up to 32 codes
     const int end = t.depth - k0 < 32 ? t.depth : k0 + 32;
+    fetch.some();
     Dot d[kRows][kVecs];
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 8
       for (int v = 0; v < kVecs; ++v) dot_begin(d[r][v], acc[r][v]);
-    for (int k = k0; k < end; k += 4, b += kPanel * 4) {
+    for (int k = k0; k < end; k += 4, b += t.ldb) {
       VI w[kVecs];
 #pragma GCC unroll 8
       for (int v = 0; v < kVecs; ++v) w[v] = load_i(b + v * kLanes * 4);
@@ -353,57 +472,43 @@ __attribute__((noinline)) void multiply_codes(const CodeProduct& t) {
     }
 }
 
-template <bool kScores, int kVecs, int... kRows>
-inline void code_rows(const CodeProduct& all, int rows) {
-  int r = 0;
-  auto cover = [&](auto count) {
-    constexpr int kR = decltype(count)::value;
-    for (; r + kR <= rows; r += kR) {
+// All rows against `columns` columns.
+template <bool kScores>
+inline void multiply_all_codes(const CodeProduct& all, int rows, int columns, Fetch& fetch) {
+  constexpr int kVecs = kLanes == 16 ? 4 : kLanes == 8 ? 2 : 1;
+  for (int n = 0; n < columns; n += kVecs * kLanes) {
+    auto group = [&](auto count, int r) {
       CodeProduct t = all;
       t.a += r * t.lda;
-      t.c += r * t.ldc;
+      t.b += n * 4;
+      t.c += r * t.ldc + n;
       if constexpr (kScores) {
         t.start += r;
       } else {
         t.keep += r;
         t.by += r;
       }
-      multiply_codes<kScores, kR, kVecs>(t);
-    }
-  };
-  (cover(Const<kRows>{}), ...);
-}
-
-// Up to 64 columns, a multiple of 16.
-template <bool kScores>
-inline void code_panel(CodeProduct t, int rows, int columns) {
-  constexpr int kVecs = kLanes == 16 ? 4 : 2;
-  int n = 0;
-  auto step = [&](int by) {
-    n += by;
-    t.b += by * 4;
-    t.c += by;
-  };
-  for (; n + kVecs * kLanes <= columns; step(kVecs * kLanes)) {
+      multiply_codes<kScores, decltype(count)::value, kVecs>(t, fetch);
+    };
     if constexpr (kLanes == 16)
-      code_rows<kScores, kVecs, 6, 4, 2, 1>(t, rows);
+      even_groups<6, 5, 4, 3, 2, 1>(rows, group);
     else
-      code_rows<kScores, kVecs, 2, 1>(t, rows);
+      even_groups<2, 1>(rows, group);
   }
-  for (; n < columns; step(kLanes)) code_rows<kScores, 1, 4, 1>(t, rows);
 }
 
 template <class M>
 struct Codes : Shared {
   using E = typename M::E;
-  static constexpr int kBlock = kCodeKeys;
+  static constexpr int kBlock = kCodeKeys, kUnit = 64;
   const int64_t L, R;
-  const int bias;            // of codes as the scores take them
-  float *o, *s, *s2, *row;   // totals [rows][L], channels woven; scores [kSubRows][kBlock]
-  E *q_rope, *rope, *room;   // [rows][R], [keys/64][R/pair][64][pair], 16 rows of R
-  uint8_t *q8, *p8;          // [rows][L], [kSubRows][kBlock]
-  uint8_t *kt, *v, *tokens;  // [keys/64][L/4][64][4], [L/64][keys/4][64][4], [16][L]
-  float q_scale[kMostRows], p_scale[kSubRows];
+  const int bias;  // of codes as the scores take them
+  float *o, *s, *s2,
+      *row;  // totals [rows][L], channels woven; scores [rows][kBlock], [rows][kUnit]
+  E *q_rope, *rope, *room;   // [rows][R], [R/pair][kUnit][pair], 16 rows of R
+  uint8_t *q8, *p8;          // [rows][L], [rows][kBlock]
+  uint8_t *kt, *v, *tokens;  // [L/4][kUnit][4], [L/64][keys/4][64][4], [16][L]
+  float q_scale[kMostRows], p_scale[kMostRows];
   int32_t start[kMostRows];  // what the bias takes off the scores
 
   Codes(const Params& params, const Task& t, float* at)
@@ -418,15 +523,15 @@ struct Codes : Shared {
     };
     auto bytes = [&](int64_t n) { return reinterpret_cast<uint8_t*>(take(n / 4)); };
     o = take(t.rows * L);
-    s = take(kSubRows * kBlock);
-    s2 = take(kSubRows * kBlock);
+    s = take(t.rows * kBlock);
+    s2 = take(t.rows * kUnit);
     row = take(L + R);
     q_rope = reinterpret_cast<E*>(take(t.rows * R));
-    rope = reinterpret_cast<E*>(take(R * kBlock));
+    rope = reinterpret_cast<E*>(take(R * kUnit));
     room = reinterpret_cast<E*>(take(16 * R));
     q8 = bytes(t.rows * L);
-    p8 = bytes(kSubRows * kBlock);
-    kt = bytes(L * kBlock);
+    p8 = bytes(t.rows * kBlock);
+    kt = bytes(L * kUnit);
     v = bytes(L * kBlock);
     tokens = bytes(16 * L);
   }
@@ -451,49 +556,48 @@ struct Codes : Shared {
     else
       for (int i = 0; i < 16; ++i, from += p.page.rope_row())
         numbers(from, p.page.rope_bits, p.rope_dtype, R, room + i * R);
-    for (int i = 0; i < 16; i += kLanes) {
-      E* to = rope + (c + i) / kPanel * (R * kPanel) + (c + i) % kPanel * M::kPair;
+    for (int i = 0; i < 16; i += kLanes)
       for (int64_t d = 0; d < R; d += M::kPair * kLanes)
-        transpose(at + i * R + d, R * int64_t(sizeof(E)), to + d * kPanel, kPanel * 4);
-    }
+        transpose(at + i * R + d, R * int64_t(sizeof(E)), rope + d * kUnit + (c + i) * M::kPair,
+                  kUnit * 4);
   }
 
-  void load(int64_t key0, int n) {
+  // 16 tokens, as columns at c % kUnit of the unit and as rows c.. of v.
+  void load(const uint8_t* blob, int64_t t, int c) {
     const VI biases = set1_i(int32_t(uint32_t(bias) * 0x01010101u));
-    for (int c = 0; c < n; c += 16) {
-      const uint8_t* blob = p.blob(rows.t.request, key0 + c);
-      const int64_t t = (key0 + c) % p.Z;
-      unpack(blob + p.page.latent(t, 0).byte);
-      for (int i = 0; i < 16; i += kLanes) {
-        uint8_t* to = kt + (c + i) / kPanel * (L * kPanel) + (c + i) % kPanel * 4;
-        for (int64_t d = 0; d < L; d += 4 * kLanes)
-          transpose(tokens + i * L + d, L, to + d * kPanel, kPanel * 4);
+    unpack(blob + p.page.latent(t, 0).byte);
+    for (int i = 0; i < 16; i += kLanes)
+      for (int64_t d = 0; d < L; d += 4 * kLanes)
+        transpose(tokens + i * L + d, L, kt + d * kUnit + (c % kUnit + i) * 4, kUnit * 4);
+    for (int i = 0; i < 16; i += 4) {
+      for (int64_t d = 0; d < L; d += 4 * kLanes) {
+        VI x[4];
+        for (int k = 0; k < 4; ++k) x[k] = sub_bytes(load_i(tokens + (i + k) * L + d), biases);
+        weave(x, v + d / kPanel * (kBlock * kPanel) + (c + i) * kPanel + d % kPanel * 4);
       }
-      for (int i = 0; i < 16; i += 4) {
-        for (int64_t d = 0; d < L; d += 4 * kLanes) {
-          VI x[4];
-          for (int k = 0; k < 4; ++k) x[k] = sub_bytes(load_i(tokens + (i + k) * L + d), biases);
-          weave(x, v + d / kPanel * (kBlock * kPanel) + (c + i) * kPanel + d % kPanel * 4);
-        }
-      }
-      if (R > 0) load_rope(blob + p.page.rope_at(t, 0), c);
     }
+    if (R > 0) load_rope(blob + p.page.rope_at(t, 0), c % kUnit);
+  }
+
+  // Brings n keys, and scores all rows.
+  void score(int64_t key0, int n) {
     load_scales(key0, n);
+    for (int c = 0; c < n; c += kUnit) {
+      for (int i = c; i < c + kUnit && i < n; i += 16)
+        load(p.blob(rows.t.request, key0 + i), (key0 + i) % p.Z, i);
+      score_unit(c, int(round_up(n - c < kUnit ? n - c : kUnit, 16)));
+    }
   }
-
-  void score(int r0, int count, int n) {
-    const int columns = int(round_up(n, 16));
-    for (int c = 0; c < columns; c += kPanel)
-      code_panel<true>(
-          {q8 + r0 * L, L, kt + c * L, int(L), s + c, kBlock, start + r0, nullptr, nullptr}, count,
-          columns - c < kPanel ? columns - c : kPanel);
+  void score_unit(int c, int columns) {
+    const int count = rows.t.rows;
+    multiply_all_codes<true>({q8, L, kt, kUnit * 4, int(L), s + c, kBlock, start, nullptr, nullptr},
+                             count, columns, fetch);
     if (R > 0)
-      multiply_panels<M>({q_rope + r0 * R, R, rope, kPanel * M::kPair, int(R), s2, kBlock, nullptr},
-                         count, columns, R * kPanel);
+      multiply_panel<M>({q_rope, R, rope, kUnit * M::kPair, int(R), s2, kUnit, nullptr}, count,
+                        columns, fetch);
     for (int r = 0; r < count; ++r)
-      add_rope(s + r * kBlock, R > 0 ? s2 + r * kBlock : nullptr, q_scale[r0 + r], columns);
+      add_rope(s + r * kBlock + c, R > 0 ? s2 + r * kUnit : nullptr, q_scale[r], c, columns);
   }
-
   // Probabilities of a row, times the scales of their tokens -> bytes.
   void quantise(int r, int columns) {
     float* x = s + r * kBlock;
@@ -510,10 +614,10 @@ struct Codes : Shared {
       store_u8(p8 + r * kBlock + c, round_to_i(mul(load_f(x + c), by)));
   }
 
-  void weigh(int r0, int count, int64_t key0, int n) {
-    const int columns = int(round_up(n, 16));
+  void weigh(int64_t key0, int n) {
+    const int columns = int(round_up(n, 16)), count = rows.t.rows;
     for (int r = 0; r < count; ++r) {
-      if (softmax<false>(r0 + r, key0, n, s + r * kBlock)) {
+      if (softmax<false>(r, key0, n, s + r * kBlock)) {
         quantise(r, columns);
       } else {
         p_scale[r] = 0.f;
@@ -521,9 +625,9 @@ struct Codes : Shared {
       }
     }
     for (int64_t d = 0; d < L; d += kPanel)
-      code_panel<false>(
-          {p8, kBlock, v + d * kBlock, columns, o + r0 * L + d, L, nullptr, st.keep + r0, p_scale},
-          count, kPanel);
+      multiply_all_codes<false>(
+          {p8, kBlock, v + d * kBlock, kPanel * 4, columns, o + d, L, nullptr, st.keep, p_scale},
+          count, kPanel, fetch);
   }
 
   void load_queries(int64_t r) {
@@ -540,13 +644,9 @@ struct Codes : Shared {
     for (int r = 0; r < t.rows; ++r) load_queries(r);
     __builtin_memset(o, 0, size_t(t.rows * L) * sizeof(float));
     for (int64_t key0 = t.kv_begin; key0 < t.kv_end; key0 += kBlock) {
-      const int n = int(t.kv_end - key0 < kBlock ? t.kv_end - key0 : kBlock);
-      load(key0, n);
-      for (int r0 = 0; r0 < t.rows; r0 += kSubRows) {
-        const int count = t.rows - r0 < kSubRows ? t.rows - r0 : kSubRows;
-        score(r0, count, n);
-        weigh(r0, count, key0, n);
-      }
+      const int n = begin_block(key0, kBlock, kBlock / kPanel * 2 * L / 4);
+      score(key0, n);
+      weigh(key0, n);
     }
     for (int r = 0; r < t.rows; ++r) {
       const float* from = o + r * L;

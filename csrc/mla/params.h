@@ -45,11 +45,11 @@ constexpr int64_t kMostRank = 512, kMostRope = 128, kMostHeads = 128;
 // Floats of scratch that a body needs.
 constexpr int64_t scratch_floats(int64_t L, int64_t R) {
   const int64_t W = L + R;
-  return 128 * L    // totals
-         + 128 * W  // queries
-         + 256 * W  // keys as columns
-         + 256 * L  // values
-         + 4 * 24 * 256 + 16 * W + 16 * 1024;
+  return 128 * (L + W)       // totals and queries
+         + 128 * (256 + 32)  // scores
+         + 128 * 256         // probabilities
+         + 128 * L + 64 * W  // values, keys as columns, rows on their way
+         + 1024;
 }
 
 }  // namespace tessella::mla

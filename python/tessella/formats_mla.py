@@ -50,9 +50,7 @@ class MLACodec:
         if not self.rope:
             object.__setattr__(self, "rope", self._plain_rope)
         if self.rope not in LATENT_KINDS or self.rope == "int4":
-            raise ValueError(
-                f"MLACodec.rope: expected int8, bf16, fp16 or fp32, got {self.rope!r}"
-            )
+            raise ValueError(f"MLACodec.rope: expected int8, bf16, fp16 or fp32, got {self.rope!r}")
 
     @property
     def _plain_rope(self) -> str:
