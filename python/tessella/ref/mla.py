@@ -67,13 +67,13 @@ def mla_append(
         cache.blob[page] = pack_latents(c, codec)
 
 
-def dequantise(c: LatentCodes) -> tuple[Tensor, Tensor]:
-    """Latents [..., Z, L] and rope keys [..., Z, R] in fp64 that the contents of pages stand for."""
-    latents, rope = c.latents.double(), c.rope.double()
+def dequantise(c: LatentCodes, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    """Latents [..., Z, L] and rope keys [..., Z, R] that the contents of pages stand for."""
+    latents, rope = c.latents.to(dtype), c.rope.to(dtype)
     if c.scales is not None:
-        latents = latents * c.scales.double()[..., None]
+        latents = latents * c.scales.to(dtype)[..., None]
     if c.rope_scales is not None:
-        rope = rope * c.rope_scales.double()[..., None]
+        rope = rope * c.rope_scales.to(dtype)[..., None]
     return latents, rope
 
 
