@@ -66,9 +66,7 @@ def _expander(attention: nn.Module, dtype: torch.dtype):
 class LatentCache(PagedCache):
     """A batch of sequences in pages of latents that grow as needed; `shapes` are (L, R)."""
 
-    def __init__(
-        self, shapes: tuple[tuple[int, int], ...], codec: str, page_size: int = PAGE_SIZE
-    ):
+    def __init__(self, shapes: tuple[tuple[int, int], ...], codec: str, page_size: int = PAGE_SIZE):
         super().__init__(len(shapes), codec, page_size)
         self.shapes = shapes
         self.layers = [LatentLayer(self, i) for i in range(len(shapes))]

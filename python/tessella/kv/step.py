@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tessella import ops
-from tessella.formats_kv import MASKS, KV4Pages, KVPages, MsmBatch
+from tessella.formats_kv import MASKS, KVPages, MsmBatch
 from tessella.formats_mla import MLACache
 
 if TYPE_CHECKING:
@@ -158,7 +158,9 @@ class Step:
             E = v.shape[-1]
             own = pages[at : at + count[b]]
             for which, x in enumerate((k, v)):
-                x = torch.nn.functional.pad(x.to(q_THD.dtype), (0, 0, 0, 0, 0, count[b] * store.Z - n))
+                x = torch.nn.functional.pad(
+                    x.to(q_THD.dtype), (0, 0, 0, 0, 0, count[b] * store.Z - n)
+                )
                 own[:, :, which, :, : x.shape[-1]] = x.unflatten(0, (-1, store.Z)).transpose(1, 2)
             table[b, : count[b]] = torch.arange(at, at + count[b])
             at += count[b]

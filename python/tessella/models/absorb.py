@@ -32,7 +32,7 @@ def absorbed_weights(attention: nn.Module, dtype: torch.dtype) -> tuple[Tensor, 
 def _dequantised(attention: nn.Module, linear: W4AxLinear, dtype: torch.dtype) -> Tensor:
     blob, memo = getattr(attention, _MEMO, (None, None))
     if blob is not linear.blob or memo.dtype != dtype:
-        memo = w4_dequant(linear.weight(), torch.float32).to(dtype)
+        memo = w4_dequant(linear.weight(), torch.float32)[:, : linear.in_features].to(dtype)
         if linear.perm is not None:  # column k of the weight belongs to channel perm[k]
             memo = torch.empty_like(memo).index_copy_(1, linear.perm.long(), memo)
         object.__setattr__(attention, _MEMO, (linear.blob, memo))
