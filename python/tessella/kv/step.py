@@ -157,10 +157,9 @@ class Step:
             k, v = expand(*store.read_latents(layer, entry.handle, n))
             E = v.shape[-1]
             own = pages[at : at + count[b]]
+            rest = count[b] * store.Z - n
             for which, x in enumerate((k, v)):
-                x = torch.nn.functional.pad(
-                    x.to(q_THD.dtype), (0, 0, 0, 0, 0, count[b] * store.Z - n)
-                )
+                x = torch.nn.functional.pad(x.to(q_THD.dtype), (0, 0, 0, 0, 0, rest))
                 own[:, :, which, :, : x.shape[-1]] = x.unflatten(0, (-1, store.Z)).transpose(1, 2)
             table[b, : count[b]] = torch.arange(at, at + count[b])
             at += count[b]
