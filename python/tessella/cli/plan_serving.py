@@ -112,18 +112,18 @@ def _shape(model: str):
 
 def _table(rows, setting) -> Table:
     table = Table(box=None, pad_edge=False)
-    names = ["cache", "bytes/token", "weights GB", "tokens", "sequences", "beside the first"]
+    names = ["cache", "bytes/token", "weights GB", "tokens", "room for", "sequences", "ratio"]
     names += ["tok/s at most"] * bool(setting.bandwidth) + ["cost/M"] * bool(setting.price)
     for i, name in enumerate(names):
         table.add_column(name, justify="left" if i == 0 else "right")
     for r in rows:
-        capped = f" (room for {r.fit:,})" if r.limited_by == "max-seqs" else ""
         cells = [
             r.cache,
             f"{r.bytes_per_token:,.0f}",
             f"{r.weight_bytes / 1e9:,.2f}",
             f"{r.tokens:,}",
-            f"{r.sequences:,}{capped}",
+            f"{r.fit:,}",
+            f"{r.sequences:,}",
             "" if r.ratio is None else f"{r.ratio:.2f}x",
         ]
         if setting.bandwidth:

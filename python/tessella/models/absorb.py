@@ -48,7 +48,7 @@ class HeadLinears(nn.Module):
     """Per-head products with 4-bit weights: y[:, h] = x[:, h] W_h^T, one w4ax_gemm a head.
 
     Four times fewer bytes than :func:`multiply_heads` reads, against two calls for every head:
-    which of them is faster, docs/mla.md has measured.
+    which of them is faster, csrc/mla/README.md has measured.
     """
 
     def __init__(self, weight_HMN: Tensor, recipe: Recipe):
