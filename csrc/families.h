@@ -6,6 +6,7 @@
 
 #include "act_quant/kernels.h"
 #include "kv4/kernels.h"
+#include "mla/kernels.h"
 #include "msm/kernels.h"
 #include "w4ax_gemm/kernels.h"
 
@@ -34,6 +35,18 @@ inline std::vector<Family> families() {
 #undef X
 #define X(isa) "kv4." #isa ".bf16",
                    TSL_KV4_BF16(X)
+#undef X
+       }},
+      {"mla",
+       {
+#define X(isa) "mla." #isa ".codes",
+           TSL_MLA_CODES(X)
+#undef X
+#define X(isa) "mla." #isa ".tile",
+               TSL_MLA_TILE(X)
+#undef X
+#define X(isa) "mla." #isa ".bf16",
+                   TSL_MLA_BF16(X)
 #undef X
        }},
       {"msm",

@@ -9,6 +9,7 @@
 #include "families.h"
 #include "layout/act.h"
 #include "layout/kv.h"
+#include "layout/mla.h"
 #include "layout/w4.h"
 #include "layout/w4_frag.h"
 #include "msm/plan.h"
@@ -134,6 +135,12 @@ static layout::KvPage kv_page(const KvArgs& a) {
   return std::apply([](auto... x) { return layout::KvPage{x...}; }, a);
 }
 
+// (latent_bits, rope_bits, Z, L, R)
+using MlaArgs = std::tuple<int, int, int64_t, int64_t, int64_t>;
+static layout::MlaPage mla_page(const MlaArgs& a) {
+  return std::apply([](auto... x) { return layout::MlaPage{x...}; }, a);
+}
+
 // Layout slots, for the test that compares them with tessella.layout index by index.
 static void bind_layouts(py::module_& m) {
   m.def("w4_bytes",
@@ -170,6 +177,12 @@ static void bind_layouts(py::module_& m) {
     const layout::KvPage p = kv_page(a);
     return std::make_tuple(p.k_scales() + p.k_row(t, d), p.k_zeros() + p.k_row(t, d),
                            p.v_scales() + p.v_row(t, d), p.v_zeros() + p.v_row(t, d));
+  });
+  m.def("mla_bytes", [](const MlaArgs& a) { return mla_page(a).bytes(); });
+  m.def("mla_slots", [](const MlaArgs& a, int64_t t, int64_t d) {
+    const layout::MlaPage p = mla_page(a);
+    return std::make_tuple(p.latent(t, d).byte, p.latent(t, d).shift, p.rope_at(t, d), p.scale(t),
+                           p.rope_scale(t));
   });
   m.attr("W4_LAYOUT_VERSION") = int(layout::W4Panel::kVersion);
 }

@@ -140,6 +140,24 @@ inline VI codes4(const int8_t* p) {
 // Of kLanes features x 8 channels of packed weights, channels 0..3 and 4..7.
 inline VI low_nibbles(VI w) { return _mm256_and_si256(w, _mm256_set1_epi8(15)); }
 inline VI high_nibbles(VI w) { return low_nibbles(_mm256_srli_epi32(w, 4)); }
+// 32 bytes -> their low nibbles, then their high ones.
+inline void split_nibbles(const uint8_t* from, uint8_t* to) {
+  const VI x = load_i(from);
+  store_i(to, low_nibbles(x));
+  store_i(to + 32, high_nibbles(x));
+}
+// A byte of each lane's four, wrapping.
+inline VI sub_bytes(VI a, VI b) { return _mm256_sub_epi8(a, b); }
+// Byte i of four rows side by side: 4 vectors, whose lane at place p is of byte woven(p).
+inline void weave(const VI (&row)[4], uint8_t* to) {
+  const VI a = _mm256_unpacklo_epi8(row[0], row[1]), b = _mm256_unpackhi_epi8(row[0], row[1]);
+  const VI c = _mm256_unpacklo_epi8(row[2], row[3]), d = _mm256_unpackhi_epi8(row[2], row[3]);
+  store_i(to, _mm256_unpacklo_epi16(a, c));
+  store_i(to + 32, _mm256_unpackhi_epi16(a, c));
+  store_i(to + 64, _mm256_unpacklo_epi16(b, d));
+  store_i(to + 96, _mm256_unpackhi_epi16(b, d));
+}
+constexpr int woven(int place) { return place % 8 / 4 * 16 + place / 8 * 4 + place % 4; }
 // Bytes q * s1 + a of nibbles q, where lane n of s1 and a is one feature's: level 2 of two-level.
 struct Widen {
   VI s1, a;

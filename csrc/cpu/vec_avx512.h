@@ -128,6 +128,25 @@ inline VI codes4(const int8_t* p) {
 // Of kLanes features x 8 channels of packed weights, channels 0..3 and 4..7.
 inline VI low_nibbles(VI w) { return _mm512_and_si512(w, _mm512_set1_epi8(15)); }
 inline VI high_nibbles(VI w) { return low_nibbles(_mm512_srli_epi32(w, 4)); }
+// 32 bytes -> their low nibbles, then their high ones.
+inline void split_nibbles(const uint8_t* from, uint8_t* to) {
+  const __m256i x = load16(from), mask = _mm256_set1_epi8(15);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_and_si256(x, mask));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + 32),
+                      _mm256_and_si256(_mm256_srli_epi16(x, 4), mask));
+}
+// A byte of each lane's four, wrapping.
+inline VI sub_bytes(VI a, VI b) { return _mm512_sub_epi8(a, b); }
+// Byte i of four rows side by side: 4 vectors, whose lane at place p is of byte woven(p).
+inline void weave(const VI (&row)[4], uint8_t* to) {
+  const VI a = _mm512_unpacklo_epi8(row[0], row[1]), b = _mm512_unpackhi_epi8(row[0], row[1]);
+  const VI c = _mm512_unpacklo_epi8(row[2], row[3]), d = _mm512_unpackhi_epi8(row[2], row[3]);
+  store_i(to, _mm512_unpacklo_epi16(a, c));
+  store_i(to + 64, _mm512_unpackhi_epi16(a, c));
+  store_i(to + 128, _mm512_unpacklo_epi16(b, d));
+  store_i(to + 192, _mm512_unpackhi_epi16(b, d));
+}
+constexpr int woven(int place) { return place % 16 / 4 * 16 + place / 16 * 4 + place % 4; }
 // Bytes q * s1 + a of nibbles q, where lane n of s1 and a is one feature's: level 2 of two-level.
 struct Widen {
   VI s1, a;

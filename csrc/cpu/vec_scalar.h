@@ -75,6 +75,24 @@ inline void store_i16(void* p, VI x) { __builtin_memcpy(p, &x, 2); }  // the low
 inline VI codes4(const int8_t* p) { return load_i(p); }
 inline VI low_nibbles(VI w) { return {int32_t(uint32_t(w.v) & 0x0f0f0f0f)}; }
 inline VI high_nibbles(VI w) { return {int32_t(uint32_t(w.v) >> 4 & 0x0f0f0f0f)}; }
+// 32 bytes -> their low nibbles, then their high ones.
+inline void split_nibbles(const uint8_t* from, uint8_t* to) {
+  for (int i = 0; i < 32; ++i) {
+    to[i] = from[i] & 15;
+    to[32 + i] = from[i] >> 4;
+  }
+}
+// A byte of each lane's four, wrapping.
+inline VI sub_bytes(VI a, VI b) {
+  uint32_t x = 0;
+  for (int i = 0; i < 32; i += 8) x |= (((uint32_t(a.v) >> i) - (uint32_t(b.v) >> i)) & 255) << i;
+  return {int32_t(x)};
+}
+// Byte i of four rows side by side: 4 lanes, the one at place p of byte woven(p).
+inline void weave(const VI (&row)[4], uint8_t* to) {
+  for (int i = 0; i < 16; ++i) to[i] = uint8_t(uint32_t(row[i % 4].v) >> (i / 4 * 8));
+}
+constexpr int woven(int place) { return place; }
 // Bytes q * s1 + a of nibbles q: no byte overflows, so one 32-bit multiply does all four.
 struct Widen {
   uint32_t s1, a;

@@ -10,6 +10,7 @@ namespace coded {
 
 using attn::kInf;
 using attn::kMostRows;
+using attn::quantise_row;
 using attn::Rows;
 using attn::State;
 using kv4::Fold;
@@ -233,30 +234,6 @@ struct Work {
     __builtin_memset(nan, 0, size_t(rows) * sizeof(float));
   }
 };
-
-// x [D] -> INT8 codes and their scale (NaN where x is not finite), sums of each group's codes.
-inline float quantise_row(const float* x, int64_t D, int64_t G, int8_t* codes, float* sums) {
-  VI top = zero_i();
-  for (int64_t d = 0; d < D; d += kLanes) top = max_i(top, abs_bits(load_f(x + d)));
-  const float most = bits_to_float(uint32_t(reduce_max(top)));
-  if (!(most < kInf)) {
-    __builtin_memset(codes, 0, size_t(D));
-    for (int64_t g = 0; g < D / G; ++g) sums[g] = 0.f;
-    return __builtin_nanf("");
-  }
-  const VF by = set1_f(most > 1e-30f ? 127.f / most : 0.f);
-  VI sum = zero_i();
-  for (int64_t d = 0; d < D; d += kLanes) {
-    const VI c = round_to_i(mul(load_f(x + d), by));
-    sum = add(sum, c);
-    store_i8(codes + d, c);
-    if ((d + kLanes) % G == 0) {
-      sums[d / G] = float(reduce_add(sum));
-      sum = zero_i();
-    }
-  }
-  return most > 1e-30f ? most / 127.f : 0.f;
-}
 
 // Dot products of `channels` channels, kVecs vectors of kLanes tokens: code[v] points at the
 // vector's first bytes of the first step. On the way a line at `ahead` is fetched for each one

@@ -97,9 +97,8 @@ inline void check_request(const char* op, const BatchArgs& a, const Batch& p, in
   }
 }
 
-// Fills and checks a batch whose P, J, Z, D are set: every value is looked at before any work.
-inline void check_batch(const char* op, const Tensor& q, const BatchArgs& a, Batch& p) {
-  check_shapes(op, q, p);
+// Fills and checks what concerns the requests of a batch whose queries and P, J, Z, D are set.
+inline void check_requests(const char* op, const Tensor& q, const BatchArgs& a, Batch& p) {
   if (a.block_table.dim() != 2)
     refuse(Arg{op, "block_table"}, "int32 [B, most]", describe(a.block_table));
   p.B = a.block_table.size(0);
@@ -122,6 +121,12 @@ inline void check_batch(const char* op, const Tensor& q, const BatchArgs& a, Bat
   for (int64_t b = 0; b < p.B; ++b) check_request(op, a, p, b);
   if (p.cu_q[p.B] != p.T)
     refuse(Arg{op, "cu_q"}, "T=" + std::to_string(p.T) + " as the last offset", p.cu_q[p.B]);
+}
+
+// Fills and checks a batch whose P, J, Z, D are set: every value is looked at before any work.
+inline void check_batch(const char* op, const Tensor& q, const BatchArgs& a, Batch& p) {
+  check_shapes(op, q, p);
+  check_requests(op, q, a, p);
 }
 
 inline Problem problem_of(const Batch& p, int units) {

@@ -81,7 +81,7 @@ void merge_partials(const Batch& p) {
   const Header& h = p.plan.header();
   if (h.merges == 0) return;
   parallel_for(h.merges * p.J, 16 * p.D * 8, [&](int64_t begin, int64_t end) {
-    float o[256];
+    float o[kMostValues];
     for (int64_t i = begin; i < end; ++i) {
       const Merge& m = p.plan.merges()[i / p.J];
       for (int64_t r = 0; r < m.rows; ++r) merge_row(p, m, i % p.J, r, o);

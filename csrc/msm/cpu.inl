@@ -162,6 +162,30 @@ inline void load_row(const void* from, int64_t at, DType dtype, int64_t D, float
   }
 }
 
+// x [D] -> INT8 codes and their scale (NaN where x is not finite), sums of each group's codes.
+inline float quantise_row(const float* x, int64_t D, int64_t G, int8_t* codes, float* sums) {
+  VI top = zero_i();
+  for (int64_t d = 0; d < D; d += kLanes) top = max_i(top, abs_bits(load_f(x + d)));
+  const float most = bits_to_float(uint32_t(reduce_max(top)));
+  if (!(most < kInf)) {
+    __builtin_memset(codes, 0, size_t(D));
+    for (int64_t g = 0; g < D / G; ++g) sums[g] = 0.f;
+    return __builtin_nanf("");
+  }
+  const VF by = set1_f(most > 1e-30f ? 127.f / most : 0.f);
+  VI sum = zero_i();
+  for (int64_t d = 0; d < D; d += kLanes) {
+    const VI c = round_to_i(mul(load_f(x + d), by));
+    sum = add(sum, c);
+    store_i8(codes + d, c);
+    if ((d + kLanes) % G == 0) {
+      sums[d / G] = float(reduce_add(sum));
+      sum = zero_i();
+    }
+  }
+  return most > 1e-30f ? most / 127.f : 0.f;
+}
+
 // A tile's place in the batch.
 struct Rows {
   Rows(const Batch& batch, const Task& task, int64_t head)

@@ -34,6 +34,8 @@ struct Batch {
   Mask mask_of(int64_t b) const { return mask ? Mask(mask[b]) : Mask::kCausal; }
 };
 
+constexpr int64_t kMostValues = 512;  // of a row: Batch::D of any source
+
 // Rows of a request whose keys were split: parts weighted by exp(lse), sinks added, into out and
 // lse.
 void merge_partials(const Batch& p);

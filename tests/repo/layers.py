@@ -8,7 +8,15 @@ from pathlib import PurePosixPath
 
 from repo.tree import Tree, rule
 
-_BASE = {"_version", "formats", "formats_kv", "layout", "layout_kv"}
+_BASE = {
+    "_version",
+    "formats",
+    "formats_kv",
+    "formats_mla",
+    "layout",
+    "layout_kv",
+    "layout_mla",
+}
 _ALGORITHM = _BASE | {"ref"}
 _RUNTIME = _ALGORITHM | {"_native", "ops", "tuned"}
 _MODELS = _RUNTIME | {"quant", "mla", "kv"}
@@ -20,8 +28,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "_ops": set(),
     "formats": set(),
     "formats_kv": {"formats"},
+    "formats_mla": {"formats"},
     "layout": {"formats"},
     "layout_kv": {"formats_kv"},
+    "layout_mla": {"formats_mla"},
     "tuned": {"_native"},
     "ref": _BASE - {"_version"},
     "ops": _ALGORITHM - {"_version"} | {"_native", "tuned"},

@@ -17,6 +17,7 @@ FAMILIES: dict[str, str] = {
     "w4ax_chain": "the linear layers of a transformer block in a row, on a GPU",
     "msm": "attention over 16-bit pages",
     "kv4": "attention over coded pages",
+    "mla": "attention over latents (MLA), absorbed",
     "e2e": "prefill and decode of a whole model with random weights",
 }
 """Name and meaning of every family; the module of a family is ``tessella.bench.<name>``."""

@@ -11,6 +11,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
+from tessella.cli import plan_serving
 from tessella.cli.session import Debug, Json, session
 
 if TYPE_CHECKING:
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     from tessella.bench.predict import Gemm, Prediction
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
+
+
+app.command("serving")(plan_serving.serving)
 
 
 @app.callback()

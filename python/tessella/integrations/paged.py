@@ -163,9 +163,12 @@ class PagedCache(Cache):
         self._step = None
         self._used.clear()
 
+    def _shape(self, J: int, D: int, key: Tensor) -> CacheShape:
+        return CacheShape(len(self.layers), J, D, key.dtype, str(key.device))
+
     def _begin(self, B: int, J: int, S: int, D: int, key: Tensor, padding: Tensor | None) -> None:
         if self.pages is None:
-            shape = CacheShape(len(self.layers), J, D, key.dtype, str(key.device))
+            shape = self._shape(J, D, key)
             pages = B * -(-(S + self.page_size) // self.page_size)
             self.pages = PagedKVCache(
                 shape,
@@ -212,17 +215,37 @@ def paged_cache(
     from tessella.integrations import attention
 
     config = model.config.get_text_config()
-    name = codec or checkpoint_codec(model) or kv.DEFAULT
-    kv.parse(name).check(
-        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    )
+    latents = latent_shapes(config)
+    name = codec or checkpoint_codec(model) or (kv.LATENT_DEFAULT if latents else kv.DEFAULT)
+    parsed = kv.parse(name)
+    if not (latents and isinstance(parsed, kv.LatentCodec)):
+        parsed.check(head_dim(config))
     attention.use(model)
     if config._attn_implementation != attention.NAME:
         raise ValueError(
             f"tessella: paged cache: expected a model with attention 'sdpa' or {attention.NAME!r}, "
             f"got {config._attn_implementation!r}"
         )
+    if isinstance(parsed, kv.LatentCodec):
+        from tessella.integrations.latent import LatentCache
+
+        return LatentCache(latents, name, page_size)
     return PagedCache(config.num_hidden_layers, name, page_size)
+
+
+def head_dim(config) -> int:
+    """Channels of a head's keys."""
+    if nope := getattr(config, "qk_nope_head_dim", 0):
+        return nope + config.qk_rope_head_dim
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def latent_shapes(config) -> tuple[tuple[int, int], ...]:
+    """(L, R) of each layer of a model with latent attention; empty for others."""
+    if not getattr(config, "kv_lora_rank", None):
+        return ()
+    R = config.qk_rope_head_dim
+    return tuple((config.rank(i), R) for i in range(config.num_hidden_layers))
 
 
 def checkpoint_codec(model: nn.Module) -> str | None:

@@ -20,9 +20,17 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from tessella.integrations.draft import Tree, draft
-from tessella.integrations.paged import PAGE_SIZE, PagedLayer, paged_cache
+from tessella.integrations.latent import LatentLayer
+from tessella.integrations.paged import (
+    PAGE_SIZE,
+    PagedLayer,
+    head_dim,
+    latent_shapes,
+    paged_cache,
+)
 from tessella.kv.cache import CacheFullError, CacheShape, PagedKVCache
 from tessella.kv.step import Step
+from tessella.quant.kv import LatentCodec
 
 MOST_DRAFTS = 255
 """Drafted tokens of a request and step: trees of 256 nodes are plenty."""
@@ -109,12 +117,14 @@ class Runner:
                 f"or kv4-hadamard, got {head.codec.name}"
             )
         config = model.config.get_text_config()
+        latents = latent_shapes(config) if isinstance(head.codec, LatentCodec) else ()
         shape = CacheShape(
             config.num_hidden_layers,
-            config.num_key_value_heads,
-            getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+            1 if latents else config.num_key_value_heads,
+            0 if latents else head_dim(config),
             model.dtype,
             str(model.device),
+            latents,
         )
         self.model = model
         self.positions = getattr(config, "max_position_embeddings", None)
@@ -210,7 +220,7 @@ class Runner:
         hidden = self.model.base_model(
             input_ids=ids,
             position_ids=positions,
-            past_key_values=_StepCache(step, self.cache.shape.layers),
+            past_key_values=_StepCache(step, self.cache.shape),
             use_cache=True,
         ).last_hidden_state[0]
         wanted, ends = [], [len(r.ids) for r in rows]
@@ -291,8 +301,9 @@ class _Row:
 class _StepCache(Cache):
     """A step as transformers' cache: one row that holds the tokens of all requests."""
 
-    def __init__(self, step: Step, layers: int):
-        super().__init__(layers=[PagedLayer(self, i) for i in range(layers)])
+    def __init__(self, step: Step, shape: CacheShape):
+        kind = LatentLayer if shape.latents else PagedLayer
+        super().__init__(layers=[kind(self, i) for i in range(shape.layers)])
         self.seen = 0
         self._step = step
 

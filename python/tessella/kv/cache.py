@@ -22,7 +22,7 @@ from tessella.kv.blocks import CacheFullError
 from tessella.kv.step import Step
 from tessella.kv.store import CacheShape, Store
 from tessella.layout_kv import unpack_page
-from tessella.quant.kv import DEFAULT, CacheCodec, parse
+from tessella.quant.kv import DEFAULT, CacheCodec, CodecError, LatentCodec, parse
 from tessella.ref.kv4 import dequantise
 
 __all__ = ["CacheFullError", "CacheShape", "PagedKVCache"]
@@ -44,7 +44,7 @@ class PagedKVCache:
     def __init__(
         self,
         shape: CacheShape,
-        codec: str | CacheCodec = DEFAULT,
+        codec: str | CacheCodec | LatentCodec = DEFAULT,
         *,
         pages: int,
         page_size: int = 64,
@@ -77,7 +77,13 @@ class PagedKVCache:
         self.codec = parse(codec) if isinstance(codec, str) else codec
         self.shape = shape
         format_ = self.codec.pages
-        self.codec.check(shape.D)
+        if not shape.latents:
+            self.codec.check(shape.D)
+        elif not isinstance(self.codec, LatentCodec):
+            raise CodecError(
+                "kv codec: expected one of latents, such as mla-int4 or mla-bf16, "
+                f"got {self.codec.name!r}"
+            )
         fitted = self.codec.fit_tokens > 0
         rows = sequences if fitted or self.codec.by_channel else 1
         common = {"page_size": page_size, "sequences": rows, "grows": grows}
@@ -107,6 +113,8 @@ class PagedKVCache:
     def bytes_per_token(self) -> float:
         """Of a token in all layers, scales included."""
         s = self.shape
+        if s.latents:
+            return sum(self.codec.bytes_per_token(L, R, self.main.Z) for L, R in s.latents)
         return s.layers * self.codec.bytes_per_token(s.J, s.D, self.main.Z)
 
     @property

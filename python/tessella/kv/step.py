@@ -7,6 +7,7 @@ are made once and serve every layer.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -14,11 +15,17 @@ import torch
 from torch import Tensor
 
 from tessella import ops
-from tessella.formats_kv import MASKS, KV4Pages, MsmBatch
+from tessella.formats_kv import MASKS, KVPages, MsmBatch
+from tessella.formats_mla import MLACache
 
 if TYPE_CHECKING:
     from tessella.kv.cache import PagedKVCache
     from tessella.kv.store import Store
+
+
+EXPAND_TOKENS = 64
+"""From so many new tokens of every sequence on, keys and values are made from latents: attention
+in the space of latents takes about three times as many products for each pair."""
 
 
 @dataclass
@@ -88,10 +95,13 @@ class Step:
     ) -> Tensor:
         """Append the new keys and values, rotated already, and attend: [T, H, D].
 
+        In a cache of latents queries are [T, H, L + R], in the space of latents; keys are latents
+        [T, L] and values rope keys [T, R]; the result is [T, H, L].
+
         Raises ValueError, before anything is written, on shapes and dtypes that are not the
         cache's, and on a tree under a window that it reaches beyond.
         """
-        self._check(q_THD, k_TJD, v_TJD)
+        self._check(layer, q_THD, k_TJD, v_TJD)
         if window and any(g.has_trees and int(g.batch.kv_len.max()) > window for g in self._groups):
             raise ValueError(
                 "kv cache: tree: expected no sliding window shorter than the sequence, "
@@ -120,6 +130,44 @@ class Step:
             self._write(layer, group.store, k, v, group.slots, group.token_rows)
             for crossing in group.crossings:
                 self._code(layer, crossing, k_TJD, v_TJD)
+
+    def expandable(self) -> bool:
+        """Whether every sequence gets so many tokens that its keys and values are worth making."""
+        return not any(g.has_trees for g in self._groups) and min(self.counts) >= EXPAND_TOKENS
+
+    def attend_expanded(
+        self, layer: int, q_THD: Tensor, expand: Callable, *, scale: float, window: int = 0
+    ) -> Tensor:
+        """Attention over keys and values made from the latents of all sequences: [T, H, E].
+
+        Args:
+            q_THD: queries [T, H, D], whose tokens were appended.
+            expand: (latents [S, L], rope keys [S, R]) -> keys [S, H, D], values [S, H, E], E <= D.
+        """
+        (group,) = self._groups
+        store, B = group.store, len(self.counts)
+        lengths = [int(n) for n in group.batch.kv_len]
+        count = [-(-n // store.Z) for n in lengths]
+        H, D, E = *q_THD.shape[1:], 0
+        padded = -(-D // 16) * 16
+        pages = q_THD.new_zeros(sum(count), H, 2, store.Z, padded)
+        table = torch.zeros(B, max(count), dtype=torch.int32)
+        at = 0
+        for b, (entry, n) in enumerate(zip(self._entries, lengths)):
+            k, v = expand(*store.read_latents(layer, entry.handle, n))
+            E = v.shape[-1]
+            own = pages[at : at + count[b]]
+            rest = count[b] * store.Z - n
+            for which, x in enumerate((k, v)):
+                x = torch.nn.functional.pad(x.to(q_THD.dtype), (0, 0, 0, 0, 0, rest))
+                own[:, :, which, :, : x.shape[-1]] = x.unflatten(0, (-1, store.Z)).transpose(1, 2)
+            table[b, : count[b]] = torch.arange(at, at + count[b])
+            at += count[b]
+        mask = torch.full_like(group.batch.kv_len, MASKS["window"]) if window else None
+        batch = replace(group.batch, block_table=table, mask=mask)
+        q = torch.nn.functional.pad(q_THD, (0, padded - D))
+        out = ops.msm_attn(q, KVPages(pages), self._on_device(batch), scale=scale, window=window)
+        return out[..., :E]
 
     def keep(self, request: int, path: list[int]) -> None:
         """Of a request's new tokens keep those of `path`, in that order, and forget the others.
@@ -220,7 +268,10 @@ class Step:
         rows: Tensor | None = None,
     ) -> None:
         pages = store.layers[layer]
-        if not isinstance(pages, KV4Pages):
+        if isinstance(pages, MLACache):
+            ops.mla_append(k, v, slots, pages)
+            return
+        if isinstance(pages, KVPages):
             ops.msm_append(k, v, slots, pages)
             return
         codec = self.cache.codec
@@ -258,7 +309,10 @@ class Step:
             plan = ops.msm_plan(batch, H, J, window=window)
             group.plans[H, window] = self._on_device(batch), plan.to(q.device)
         batch, plan = group.plans[H, window]
-        if not isinstance(pages, KV4Pages):
+        if isinstance(pages, MLACache):
+            q, q_rope = q[..., : pages.L], q[..., pages.L :]
+            return ops.mla_decode(q, q_rope, pages, batch, window=window, plan=plan, **how)
+        if isinstance(pages, KVPages):
             return ops.msm_attn(q, pages, batch, window=window, plan=plan, **how)
         codec = self.cache.codec
         return ops.kv4_attn(
@@ -280,14 +334,18 @@ class Step:
     def _tensor(self, values: list[int], dtype: torch.dtype) -> Tensor:
         return torch.tensor(values, dtype=dtype, device=self.cache.shape.device)
 
-    def _check(self, q: Tensor, k: Tensor, v: Tensor) -> None:
+    def _check(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> None:
         s = self.cache.shape
-        for name, t in (("k", k), ("v", v)):
-            if tuple(t.shape) != (self.tokens, s.J, s.D) or t.dtype != s.dtype:
+        shapes = {"k": (self.tokens, s.J, s.D), "v": (self.tokens, s.J, s.D)}
+        if s.latents:
+            shapes = dict(zip(shapes, ((self.tokens, n) for n in s.latents[layer])))
+        for (name, shape), t in zip(shapes.items(), (k, v)):
+            if tuple(t.shape) != shape or t.dtype != s.dtype:
                 raise ValueError(
-                    f"kv cache: {name}: expected {s.dtype} {(self.tokens, s.J, s.D)}, "
-                    f"got {t.dtype} {tuple(t.shape)}"
+                    f"kv cache: {name}: expected {s.dtype} {shape}, got {t.dtype} {tuple(t.shape)}"
                 )
+        if s.latents:
+            return
         if q.dim() != 3 or q.shape[0] != self.tokens or q.shape[2] != s.D or q.shape[1] % s.J:
             raise ValueError(
                 f"kv cache: q: expected [{self.tokens}, a multiple of {s.J}, {s.D}], "

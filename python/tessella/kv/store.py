@@ -9,7 +9,10 @@ from torch import Tensor
 
 from tessella import _native
 from tessella.formats_kv import KV4Pages, KVCodec, KVPages
+from tessella.formats_mla import MLACache, MLACodec
 from tessella.kv.blocks import BlockTable
+from tessella.layout_mla import unpack_latents
+from tessella.ref.mla import dequantise
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,9 @@ class CacheShape:
     dtype: torch.dtype = torch.bfloat16
     """Of the model's keys and values."""
     device: str = "cpu"
+    latents: tuple[tuple[int, int], ...] = ()
+    """Of each layer the rank L and the rope dim R, where the cache is of latents; J and D then
+    are 1 and 0."""
 
 
 class Store:
@@ -32,7 +38,7 @@ class Store:
     def __init__(
         self,
         shape: CacheShape,
-        codec: KVCodec | None,
+        codec: KVCodec | MLACodec | None,
         *,
         pages: int,
         page_size: int,
@@ -47,8 +53,12 @@ class Store:
         self.grows = grows
         self.table = BlockTable(pages, page_size)
         J, Z, D, device = shape.J, page_size, shape.D, shape.device
-        self.layers: list[KVPages | KV4Pages] = []
-        for _ in range(shape.layers):
+        self.layers: list[KVPages | KV4Pages | MLACache] = []
+        for L, R in shape.latents:
+            size = (pages, codec.page_bytes(Z, L, R))
+            blob = _native.empty_pages(size, torch.uint8, device)
+            self.layers.append(MLACache(blob, codec, Z, L, R))
+        for _ in range(0 if shape.latents else shape.layers):
             if codec is None:
                 empty = _native.empty_pages((pages, J, 2, Z, D), dtype, device)
                 self.layers.append(KVPages(empty))
@@ -87,6 +97,14 @@ class Store:
                 memory[target.to(memory.device)] = memory[source.to(memory.device)]
         return growth.slots
 
+    def read_latents(self, layer: int, handle: int, length: int) -> tuple[Tensor, Tensor]:
+        """Latents [length, L] and rope keys [length, R] in fp32, as they are stored."""
+        pages = self.layers[layer]
+        blob = pages.blob[self.table[handle].blocks]
+        codes = unpack_latents(blob, pages.codec, pages.Z, pages.L, pages.R)
+        latents, rope = dequantise(codes, torch.float32)
+        return latents.flatten(0, 1)[:length], rope.flatten(0, 1)[:length]
+
     def read(self, layer: int, handle: int, length: int) -> tuple[Tensor, Tensor]:
         """Keys and values [length, J, D] of uncoded pages."""
         seq = self.table[handle]
@@ -95,11 +113,11 @@ class Store:
         return k, v
 
 
-def _memory(layer: KVPages | KV4Pages) -> Tensor:
+def _memory(layer: KVPages | KV4Pages | MLACache) -> Tensor:
     return layer.pages if isinstance(layer, KVPages) else layer.blob
 
 
-def _longer(layer: KVPages | KV4Pages, more: int) -> KVPages | KV4Pages:
+def _longer(layer: KVPages | KV4Pages | MLACache, more: int) -> KVPages | KV4Pages | MLACache:
     old = _memory(layer)
     new = _native.empty_pages((len(old) + more, *old.shape[1:]), old.dtype, old.device)
     new[: len(old)] = old

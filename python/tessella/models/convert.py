@@ -236,8 +236,12 @@ def _check_cache(source: Checkpoint, recipe: Recipe) -> None:
     if recipe.cache is None:
         return
     D = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    if latent := "kv_lora_rank" in config:
+        D = config["qk_nope_head_dim"] + config["qk_rope_head_dim"]
     try:
-        kv.parse(recipe.cache).check(D)
+        codec = kv.parse(recipe.cache)
+        if not (latent and isinstance(codec, kv.LatentCodec)):
+            codec.check(D)
     except kv.CodecError as e:
         raise CheckpointError(f"{source.path / CONFIG}: {e}") from None
 

@@ -11,6 +11,7 @@ A name is a precision and any ingredients, joined by dashes: ``kv4``, ``kv4-g32`
 ``mean``                  K without the mean of the sequence's first 256 tokens
 ``hadamard``              K and V rotated
 ``deco deco16 deco32``    DecoQuant factors from the first 256 tokens, of all D or so many channels
+``mla-int4 mla-bf16 ...`` latents of a model that has them (:mod:`tessella.quant.kv.latent`)
 ======================== =========================================================================
 """
 
@@ -24,18 +25,31 @@ import torch
 from torch import Tensor
 
 from tessella.formats_kv import KVCodec, KVFactors
-from tessella.quant.kv import asym, deco, hadamard, kivi, mean
+from tessella.quant.kv import asym, deco, hadamard, kivi, latent, mean
 from tessella.quant.kv.asym import Groups
 from tessella.quant.kv.base import FIT_TOKENS, CodecError, Part, asymmetric, fold, merge
 from tessella.quant.kv.deco import Deco
 from tessella.quant.kv.hadamard import Hadamard
 from tessella.quant.kv.kivi import Kivi
+from tessella.quant.kv.latent import LatentCodec
 from tessella.quant.kv.mean import Mean
 
-__all__ = ["DEFAULT", "FIT_TOKENS", "PUBLISHED", "CacheCodec", "CodecError", "parse"]
+__all__ = [
+    "DEFAULT",
+    "FIT_TOKENS",
+    "LATENT_DEFAULT",
+    "PUBLISHED",
+    "CacheCodec",
+    "CodecError",
+    "LatentCodec",
+    "parse",
+]
 
 DEFAULT = "kv4-hadamard"
 """The 4-bit codec where none is named: prompts share its pages, and it costs no bytes over kv4."""
+
+LATENT_DEFAULT = "mla-bf16"
+"""The codec of latents where none is named: converted models differ in what they tolerate."""
 
 UNCODED = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -128,8 +142,10 @@ class CacheCodec:
         return fold(k, k_back) + shift, fold(v, factors.o_fold)
 
 
-def parse(name: str) -> CacheCodec:
+def parse(name: str) -> CacheCodec | LatentCodec:
     """A codec by its name. Raises CodecError, saying what a name is made of."""
+    if name.startswith(latent.PREFIX):
+        return latent.parse(name)
     precision, *words = name.split("-")
     if precision in UNCODED and not words:
         return CacheCodec(name, UNCODED[precision], None)
