@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from tessella.kv.cache import PagedKVCache
     from tessella.kv.store import Store
 
+BLOCKS_OF_SM = 4
+"""Workers of a GPU's multiprocessor that a plan is made for."""
+
 
 @dataclass
 class _Crossing:
@@ -73,6 +76,12 @@ class Step:
     def tokens(self) -> int:
         """New tokens of all sequences."""
         return self.starts[-1]
+
+    @property
+    def slots(self) -> Tensor:
+        """Of all new tokens, where every sequence lives in one store."""
+        (group,) = self._groups
+        return group.slots
 
     def attend(
         self,
@@ -255,7 +264,7 @@ class Step:
             if window:
                 kinds = torch.full_like(batch.kv_len, MASKS["window"])
                 batch = replace(batch, mask=kinds)
-            plan = ops.msm_plan(batch, H, J, window=window)
+            plan = ops.msm_plan(batch, H, J, window=window, units=workers(q.device))
             group.plans[H, window] = self._on_device(batch), plan.to(q.device)
         batch, plan = group.plans[H, window]
         if not isinstance(pages, KV4Pages):
@@ -293,6 +302,13 @@ class Step:
                 f"kv cache: q: expected [{self.tokens}, a multiple of {s.J}, {s.D}], "
                 f"got {tuple(q.shape)}"
             )
+
+
+def workers(device: torch.device) -> int:
+    """Blocks that work at a time on a GPU, for plans; 0 elsewhere: torch's threads."""
+    if device.type != "cuda":
+        return 0
+    return BLOCKS_OF_SM * torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def tree_bits(tree_NN: Tensor, words: int = 0) -> Tensor:
