@@ -17,7 +17,8 @@ from test_kv4 import awkward, make_factors
 pytestmark = pytest.mark.gpu
 KERNELS = gpu_kernels("kv4") or [""]
 CODECS = [
-    "k4v4", "k8v8", "k2v2", "k4v4-g16", "k4v2-g32", "k8v4", "k4v4-channel", "k8v4-channel", "k2v4-g16-channel",
+    "k4v4", "k8v8", "k2v2", "k4v4-g16", "k4v2-g32", "k8v4",
+    "k4v4-channel", "k8v4-channel", "k2v4-g16-channel",
 ]  # fmt: skip
 SHAPES = [  # H, J, D, Z, dtype, with factors
     (8, 2, 64, 16, torch.bfloat16, True),
@@ -254,9 +255,9 @@ def test_bad_input_is_refused():
     args = (q.cuda(), cuda(cache), cuda(batch))
     with pytest.raises(RuntimeError, match="q: expected bfloat16 or float16 on cuda, got float32"):
         ops.kv4_attn(args[0].float(), *args[1:])
-    with pytest.raises(RuntimeError, match="plan: expected .* on cuda, got .* on cpu"):
+    with pytest.raises(RuntimeError, match=r"plan: expected .* on cuda, got .* on cpu"):
         ops.kv4_attn(*args, plan=ops.msm_plan(batch, 8, 2))
-    with pytest.raises(RuntimeError, match="pages: expected .* on cuda, got .* on cpu"):
+    with pytest.raises(RuntimeError, match=r"pages: expected .* on cuda, got .* on cpu"):
         ops.kv4_attn(args[0], cache, args[2])
-    with pytest.raises(RuntimeError, match="slots: expected .* on cuda"):
+    with pytest.raises(RuntimeError, match=r"slots: expected .* on cuda"):
         ops.kv4_append(args[0][:, :2], args[0][:, :2], torch.arange(len(q)), args[1])

@@ -46,7 +46,9 @@ int run_cuda(const Params& p, void* stream) {
   if (cuda::this_device().arch < 80)
     throw std::runtime_error("tessella::kv4_attn: needs a GPU of compute capability 8.0 or later");
   auto* const s = static_cast<cudaStream_t>(stream);
-  const bool same = p.page.k_bits == p.page.v_bits && p.page.groups() == 1 && !p.page.channel;
+  const bool exact = p.D == 64 || p.D == 128 || p.D == 256;
+  const bool same =
+      exact && p.page.k_bits == p.page.v_bits && p.page.groups() == 1 && !p.page.channel;
   const dev::Laid laid(p);
   const int bits = same ? p.page.k_bits : 0;
   const int error = bits == 4   ? dev::run_bits<4>(laid, s)

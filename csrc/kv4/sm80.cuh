@@ -194,25 +194,36 @@ struct Coded {
   }
 
   // --- copies
+  __device__ bool uses_ring() const { return p.q_fold.at != nullptr; }
+  __device__ int dim() const { return kFold ? kD : int(p.D); }
+
   // `rows` rows of `cols` pieces of 16 bytes that lie one after another, `skip` bytes between them.
-  template <int kRows, int kCols>
-  __device__ void copy_rows(uint32_t to, const uint8_t* from, int cols, int skip) const {
-    const int lane = threadIdx.x % 32, all = kRows * (kCols > 0 ? kCols : cols);
-#pragma unroll
-    for (int i = lane; i < all; i += 32)
-      ptx::copy16(to + i * 16 + i / (kCols > 0 ? kCols : cols) * skip, from + i * 16);
+  __device__ void copy_rows(uint32_t to, const uint8_t* from, int rows, int cols, int skip) const {
+    for (int i = threadIdx.x % 32; i < rows * cols; i += 32)
+      ptx::copy16(to + i * 16 + i / cols * skip, from + i * 16);
   }
-  __device__ void copy(uint32_t stage, int page, int t, const Rows& rows, int, int) const {
+  template <int kPieces, int kCols>
+  __device__ __forceinline__ void copy_fixed(uint32_t to, const uint8_t* from) const {
     const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int k = 0; k < kPieces / 32; ++k) {
+      const int i = lane + 32 * k;
+      ptx::copy16(to + i * 16 + i / kCols * 32, from + i * 16);
+    }
+  }
+  __device__ __forceinline__ void copy(uint32_t stage, int page, int in, const Rows& rows,
+                                       int) const {
+    const int lane = threadIdx.x % 32, t = in * kGroup;
     const uint8_t* blob = p.pages + (int64_t{page} * p.J + rows.j) * p.bytes;
-    const uint8_t* keys = blob + t / 16 * p.k_group;
-    const uint8_t* values = blob + p.v_codes + t / 4 * p.v_quad;
-    if (kFold && p.D == kD) {
-      copy_rows<1, kHead * kBits / 8>(stage, keys, 0, 0);
-      copy_rows<4, kHead * kBits / 32>(stage + p.values(), values, 0, 32);
+    const uint8_t* keys = blob + in * p.k_group;
+    const uint8_t* values = blob + p.v_codes + in * 4 * p.v_quad;
+    if constexpr (kFold) {
+      constexpr int kPieces = kHead * kBits / 8;
+      copy_fixed<kPieces, 1 << 20>(stage, keys);
+      copy_fixed<kPieces, (kPieces > 4 ? kPieces / 4 : 1)>(stage + p.values(), values);
     } else {
-      copy_rows<1, 0>(stage, keys, p.k_group / 16, 0);
-      copy_rows<4, 0>(stage + p.values(), values, p.v_quad / 16, 32);
+      copy_rows(stage, keys, 1, p.k_group / 16, 0);
+      copy_rows(stage + p.values(), values, 4, p.v_quad / 16, 32);
     }
     const int g = lane / 8, part = lane / 2 % 4, half = lane % 2 * 16;
     if (kFold) {
@@ -269,13 +280,15 @@ struct Coded {
   }
 
   template <int kB>
-  __device__ void score_codes(uint32_t stage, const uint2* fragments, float (&x)[kTiles][4]) const {
+  __device__ __forceinline__ void score_codes(uint32_t stage, const uint2* fragments,
+                                              float (&x)[kTiles][4]) const {
     using C = Codes<kB>;
     const Lane at;
     const uint32_t from = stage + at.c * 64 + at.r * 8;
+    float y[kTiles][4] = {};  // a second chain of sums
 #pragma unroll
     for (int i = 0; i < kD / 16 / C::kParts; ++i) {
-      if (i * 16 * C::kParts >= int(p.D)) break;
+      if (!kFold && i * 16 * C::kParts >= dim()) break;
       const uint2 w = ptx::load_shared8(from + i * 256);
 #pragma unroll
       for (int part = 0; part < C::kParts; ++part) {
@@ -292,10 +305,14 @@ struct Coded {
 #pragma unroll
         for (int n = 0; n < kTiles; ++n) {
           const uint2 b = query_at(fragments, i * C::kParts + part, n);
-          ptx::F16Product::multiply(x[n], a, b.x, b.y);
+          ptx::F16Product::multiply((i + part) % 2 && kTiles < 4 ? y[n] : x[n], a, b.x, b.y);
         }
       }
     }
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) x[n][i] += kTiles < 4 ? y[n][i] : 0.f;
   }
 
   // Keys that are not coded yet: a page per channel is coded when it is full.
@@ -427,7 +444,7 @@ struct Coded {
     const uint32_t from = stage + p.values() + at.c * p.value_stride() + at.r * 8;
 #pragma unroll
     for (int s = 0; s < kD / 16 / kM; ++s) {
-      if (s * 16 * kM >= int(p.D)) break;
+      if (!kFold && s * 16 * kM >= dim()) break;
       const uint2 v = ptx::load_shared8(from + s * 64);
 #pragma unroll
       for (int i = 0; i < kM; ++i) {

@@ -17,59 +17,80 @@ int gpu_sms() { return cuda::this_device().sms; }
 
 namespace dev {
 
-// One row of a merge by a warp: `parts` parts from partial row `part0` on, `step` rows apart.
+// One row of a merge by a block: `parts` parts from partial row `part0` on, `step` rows apart. A
+// warp takes every fourth part, four channels a lane.
 __device__ inline void merge_row(const Batch& p, int64_t j, int64_t place, int64_t head,
                                  int64_t part0, int64_t step, int parts) {
-  const int lane = threadIdx.x % 32, D = int(p.D);
+  __shared__ float4 totals[kWarps][2][32];
+  __shared__ float sums[kWarps];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, D = int(p.D);
   const float* lse = p.partial_lse + j * p.partial_rows + part0;
   float top = p.sinks ? p.sinks[head] : -kInf, nan = 0.f;
   for (int i = lane; i < parts; i += 32) {
-    top = fmaxf(top, lse[i * step]);
-    nan += lse[i * step] != lse[i * step] ? 1.f : 0.f;
+    const float x = lse[i * step];
+    top = fmaxf(top, x);
+    nan += x != x ? 1.f : 0.f;
   }
 #pragma unroll
   for (int by = 1; by < 32; by *= 2) {
     top = fmaxf(top, __shfl_xor_sync(~0u, top, by));
     nan += __shfl_xor_sync(~0u, nan, by);
   }
-  float sum = p.sinks && top != -kInf ? __expf(p.sinks[head] - top) : 0.f, o[8] = {};
-  const float* from = p.partial + (j * p.partial_rows + part0) * D;
-#pragma unroll 2
-  for (int i = 0; i < parts; ++i) {
+  const float* from = p.partial + (j * p.partial_rows + part0) * D + 4 * lane;
+  float4 o[2] = {};
+  float sum = 0.f;
+#pragma unroll 4
+  for (int i = warp; i < parts; i += kWarps) {
     const float share = top == -kInf ? 0.f : __expf(lse[i * step] - top);
     sum += share;
-    if (share == 0.f) continue;
 #pragma unroll
-    for (int c = 0; c < 8; ++c)
-      if (lane + 32 * c < D) o[c] += share * from[i * step * D + lane + 32 * c];
+    for (int c = 0; c < 2; ++c)
+      if (4 * lane + 128 * c < D) {
+        const float4 v = *reinterpret_cast<const float4*>(from + i * step * D + 128 * c);
+        o[c].x += share * v.x;
+        o[c].y += share * v.y;
+        o[c].z += share * v.z;
+        o[c].w += share * v.w;
+      }
   }
-  const float by = nan > 0.f                 ? __int_as_float(0x7fffffff)
-                   : sum > 0.f || sum != sum ? 1.f / sum
-                                             : 0.f;
-#pragma unroll
-  for (int c = 0; c < 8; ++c)
-    if (lane + 32 * c < D) store_float(p.out, place * D + lane + 32 * c, p.dtype, o[c] * by);
-  if (lane == 0 && p.lse) p.lse[place] = nan > 0.f ? by : sum == 0.f ? -kInf : top + __logf(sum);
+  totals[warp][0][lane] = o[0];
+  totals[warp][1][lane] = o[1];
+  if (lane == 0) sums[warp] = sum;
+  __syncthreads();
+  sum = p.sinks && top != -kInf ? __expf(p.sinks[head] - top) : 0.f;
+  for (int w = 0; w < kWarps; ++w) sum += sums[w];
+  const float none = nan > 0.f ? __int_as_float(0x7fffffff) : 0.f;
+  const float by = nan > 0.f ? none : sum > 0.f ? 1.f / sum : 0.f;
+  for (int d = threadIdx.x; d < D; d += kThreads) {
+    float x = 0.f;
+    for (int w = 0; w < kWarps; ++w)
+      x += reinterpret_cast<const float*>(&totals[w][d / 128][0])[d % 128];
+    store_float(p.out, place * D + d, p.dtype, x * by);
+  }
+  if (threadIdx.x == 0 && p.lse)
+    p.lse[place] = nan > 0.f ? none : sum == 0.f ? -kInf : top + __logf(sum);
+  __syncthreads();
 }
 
+// A block takes a row of 4 that lie next to each other, so that all of the GPU is busy for few.
 __global__ __launch_bounds__(kThreads) void merge(const Batch p) {
   ptx::wait_for_previous_grid();
   ptx::allow_next_grid();
-  const int warp = threadIdx.x / 32;
   const int64_t G = p.H / p.J;
   if (p.plan.words == nullptr) {
     const int64_t rows = p.T * G;
-    for (int64_t i = int64_t{blockIdx.x} * kWarps + warp; i < rows * p.J; i += gridDim.x * kWarps) {
+    for (int64_t i = blockIdx.x; i < rows * p.J; i += gridDim.x) {
       const int64_t row = i / p.J, j = i % p.J, head = j * G + row % G;
       merge_row(p, j, row / G * p.H + head, head, row, rows, int(p.uniform.parts));
     }
     return;
   }
-  const int merges = p.plan.header().merges;
-  for (int64_t i = blockIdx.x; i < merges * p.J; i += gridDim.x) {
-    const Merge m = p.plan.merges()[i / p.J];
-    const int64_t j = i % p.J, first = p.cu_q[m.request];
-    for (int r = warp; r < m.rows; r += kWarps) {
+  // rows of a merge: every fourth by each of four blocks
+  const int64_t items = int64_t{p.plan.header().merges} * p.J * 4;
+  for (int64_t i = blockIdx.x; i < items; i += gridDim.x) {
+    const Merge m = p.plan.merges()[i / 4 / p.J];
+    const int64_t j = i / 4 % p.J, first = p.cu_q[m.request];
+    for (int r = int(i % 4); r < m.rows; r += 4) {
       const int64_t row = m.row0 + r, head = j * G + row % G;
       merge_row(p, j, (first + row / G) * p.H + head, head, m.partial + r, m.rows, m.parts);
     }
@@ -78,32 +99,34 @@ __global__ __launch_bounds__(kThreads) void merge(const Batch p) {
 
 int launch_merge(const Batch& p, bool programmatic, cudaStream_t stream) {
   if (p.partial_rows == 0) return 0;
-  const int64_t items = p.plan.words != nullptr ? (p.plan_words - kHeaderWords) / kMergeWords * p.J
-                                                : ceil_div(p.T * (p.H / p.J) * p.J, kWarps);
+  const int64_t items =
+      p.plan.words != nullptr ? (p.plan_words - kHeaderWords) / kMergeWords * p.J * 4 : p.T * p.H;
   const int64_t most = int64_t{gpu_sms()} * 8;
   const cuda::Launch l{
       dim3(unsigned(items < most ? items : most)), unsigned(kThreads), 0, 1, programmatic, stream};
   return items > 0 ? cuda::launch(l, &merge, p) : 0;
 }
 
-template <DType kType, int kHead>
-static int run_plain(const Params& p, Part part, cudaStream_t stream) {
-  const int rows = rows_at_once(p, part), sms = gpu_sms();
+template <class S>
+static int go(const Params& p, Part part, cudaStream_t stream) {
   const bool pdl = env().programmatic && cuda::this_device().arch >= 90;
-  auto go = [&](auto* source) {
-    using S = std::remove_pointer_t<decltype(source)>;
-    return launch<S>(p, part, S::stage_bytes(p), sms, pdl, stream);
-  };
-  if (rows <= 8) return go(static_cast<Plain<kType, kHead, 1>*>(nullptr));
-  if (rows <= 16 || kHead > 128) return go(static_cast<Plain<kType, kHead, 2>*>(nullptr));
-  return go(static_cast<Plain<kType, kHead, (kHead > 128 ? 2 : 4)>*>(nullptr));
+  return launch<S>(p, part, S::stage_bytes(p), gpu_sms(), pdl, stream);
+}
+
+template <DType kType, int kHead>
+static int run_head(const Params& p, Part part, cudaStream_t stream) {
+  const int rows = rows_at_once(p, part);
+  if (p.D != kHead) return go<Plain<kType, kHead, 2, false>>(p, part, stream);
+  if (rows <= 8) return go<Plain<kType, kHead, 1, true>>(p, part, stream);
+  if (rows <= 16 || kHead > 128) return go<Plain<kType, kHead, 2, true>>(p, part, stream);
+  return go<Plain<kType, kHead, (kHead > 128 ? 2 : 4), true>>(p, part, stream);
 }
 
 template <DType kType>
 static int run_plain(const Params& p, Part part, cudaStream_t stream) {
-  if (p.D <= 64) return run_plain<kType, 64>(p, part, stream);
-  if (p.D <= 128) return run_plain<kType, 128>(p, part, stream);
-  return run_plain<kType, 256>(p, part, stream);
+  if (p.D <= 64) return run_head<kType, 64>(p, part, stream);
+  if (p.D <= 128) return run_head<kType, 128>(p, part, stream);
+  return run_head<kType, 256>(p, part, stream);
 }
 
 }  // namespace dev

@@ -13,148 +13,9 @@
 #include "cuda/dependent.cuh"
 #include "cuda/float.cuh"
 #include "cuda/fragment.cuh"
-#include "msm/params.h"
+#include "msm/tasks.cuh"
 
 namespace tessella::msm::dev {
-
-constexpr int kWarps = 4, kThreads = 32 * kWarps, kGroup = 16;
-constexpr float kLog2e = 1.44269504f, kLn2 = 0.693147181f, kInf = __builtin_inff();
-constexpr float kSlack = 8.f;  // how far a score may exceed the row's reference, in base 2
-
-// --- tasks
-
-// First and one past the last task of a part; without a plan an upper bound.
-struct TaskRange {
-  int64_t first, last;
-};
-__device__ inline TaskRange task_range(const Batch& p, Part part) {
-  if (p.plan.words != nullptr) {
-    const Header& h = p.plan.header();
-    if (h.magic != kMagic || h.words > p.plan_words || h.B != p.B || h.T != p.T || h.H != p.H ||
-        h.J != p.J)
-      __trap();  // not a plan for this batch: nothing sensible can be written
-    const int64_t big = h.big;
-    return {part == Part::kSmall ? big : 0, part == Part::kBig ? big : h.tasks};
-  }
-  if (part != Part::kAll && (part == Part::kBig) != (p.uniform.tile >= kBigTile)) return {0, 0};
-  const int64_t rows = p.T * (p.H / p.J), most = p.B < p.T ? p.B : p.T;
-  return {0, (rows / p.uniform.tile + most) * p.uniform.parts};
-}
-
-__device__ inline Range keys_of(const Batch& p, int64_t b, int64_t row0, int64_t rows) {
-  const int64_t G = p.H / p.J, kv = p.kv_len[b], hist = kv - (p.cu_q[b + 1] - p.cu_q[b]);
-  const Mask mask = p.mask_of(b);
-  Range range{0, kv};
-  if (mask == Mask::kCausal || mask == Mask::kWindow) range.end = hist + (row0 + rows - 1) / G + 1;
-  if (mask == Mask::kWindow) {
-    const int64_t first = hist + row0 / G - p.window + 1;
-    range.begin = first > 0 ? first / 16 * 16 : 0;
-  }
-  return range;
-}
-
-// Task i of the plan, or of the uniform cut; false past its end. All lanes of a warp call it.
-__device__ inline bool find_task(const Batch& p, int64_t i, Task* task) {
-  if (p.plan.words != nullptr) {
-    *task = p.plan.tasks()[i];
-    return true;
-  }
-  const int64_t G = p.H / p.J, tile = p.uniform.tile;
-  const int64_t part = i % p.uniform.parts;
-  int64_t left = i / p.uniform.parts;
-  const int lane = threadIdx.x % 32;
-  for (int64_t b0 = 0; b0 < p.B; b0 += 32) {
-    const int64_t b = b0 + lane;
-    const int rows = b < p.B ? int((p.cu_q[b + 1] - p.cu_q[b]) * G) : 0;
-    const int tiles = int((rows + tile - 1) / tile);
-    int before = tiles;  // inclusive sum over the lanes
-#pragma unroll
-    for (int by = 1; by < 32; by *= 2) {
-      const int other = __shfl_up_sync(~0u, before, by);
-      if (lane >= by) before += other;
-    }
-    const unsigned past = __ballot_sync(~0u, before > left);
-    if (past == 0) {
-      left -= __shfl_sync(~0u, before, 31);
-      continue;
-    }
-    const int at = __ffs(past) - 1;
-    const int in = int(left) - __shfl_sync(~0u, before - tiles, at);
-    const int all = __shfl_sync(~0u, rows, at);
-    const int row0 = in * int(tile), here = all - row0 < tile ? all - row0 : int(tile);
-    const Range seen = keys_of(p, b0 + at, row0, here);
-    int64_t begin = part * p.uniform.keys, end = begin + p.uniform.keys;
-    if (end > seen.end || part == p.uniform.parts - 1) end = seen.end;
-    if (begin < seen.begin) begin = seen.begin;
-    const int64_t partial = part * p.T * G + p.cu_q[b0 + at] * G + row0;
-    *task = {int32_t(b0 + at),
-             int32_t(tile),
-             row0,
-             here,
-             int32_t(begin),
-             int32_t(end > begin ? end : begin),
-             p.uniform.parts > 1 ? int32_t(partial) : -1,
-             0};
-    return true;
-  }
-  return false;
-}
-
-// The rows of a task in their batch.
-struct Rows {
-  __device__ Rows(const Batch& batch, const Task& t, int64_t head)
-      : p(batch),
-        request(t.request),
-        row0(t.row0),
-        G(int(batch.H / batch.J)),
-        kv_end(t.kv_end),
-        j(head),
-        mask(batch.mask_of(t.request)),
-        first(batch.cu_q[t.request]),
-        hist(batch.kv_len[t.request] - (batch.cu_q[t.request + 1] - first)) {}
-
-  const Batch& p;
-  int request, row0, G, kv_end;
-  int64_t j;
-  Mask mask;
-  int first, hist;  // first token of the request; keys before its query tokens
-
-  __device__ int token(int r) const { return (row0 + r) / G; }
-  __device__ int64_t head(int r) const { return j * G + (row0 + r) % G; }
-  __device__ int64_t place(int r) const { return int64_t{first + token(r)} * p.H + head(r); }
-
-  // The keys [begin, end) that row r may see, a tree's tokens apart.
-  __device__ int end(int r) const {
-    if (mask != Mask::kCausal && mask != Mask::kWindow) return kv_end;
-    const int pos = hist + token(r) + 1;
-    return pos < kv_end ? pos : kv_end;
-  }
-  __device__ int begin(int r) const {
-    const int64_t pos = hist + token(r) - p.window + 1;
-    return mask == Mask::kWindow && pos > 0 ? int(pos) : 0;
-  }
-  // Keys before this one are seen by every row from r on.
-  __device__ int all_end(int r) const {
-    return mask == Mask::kTree && hist < kv_end ? hist : end(r);
-  }
-  __device__ bool sees(int r, int key) const {
-    if (key >= end(r) || key < begin(r)) return false;
-    if (mask != Mask::kTree || key < hist) return true;
-    const int64_t row = p.tree_row[request] + token(r);
-    const int node = key - hist;
-    return p.tree_bits[row * p.tree_words + node / 64] >> (node % 64) & 1;
-  }
-};
-
-// What the host works out for a launch.
-struct Setup {
-  Part part;
-  int stage_bytes;       // of 16 keys and values in the ring
-  uint64_t page_groups;  // 2^32 / (Z / 16), rounded up
-  __device__ int page_of(int key) const {
-    return int(uint64_t(unsigned(key) / 16u) * page_groups >> 32);
-  }
-};
 
 // --- the body
 
@@ -303,32 +164,32 @@ struct Walk {
   const Setup& setup;
   const Rows& rows;
   int begin, end, warp;  // keys
-  uint32_t ring;
-  int pages = 0;  // lane i: of this warp's group 32 k + i
+  uint32_t ring;         // of this warp
+  int pages = 0;         // lane i: of this warp's group 32 k + i
+  int next = 0;          // stage that is filled next
 
   __device__ int key(int i) const { return begin + (i * kWarps + warp) * kGroup; }
   __device__ int count() const {
     const int groups = (end - begin + kGroup - 1) / kGroup;
     return (groups - warp + kWarps - 1) / kWarps;
   }
-  __device__ uint32_t stage(int i) const {
-    return ring + (warp * S::kStages + i % S::kStages) * setup.stage_bytes;
-  }
+  __device__ uint32_t stage(int i) const { return ring + i * setup.stage_bytes; }
   __device__ void find_pages(int i) {
     const int key = this->key(i + int(threadIdx.x) % 32);
     if (key < end)
-      pages = rows.p.block_table[rows.request * rows.p.table_stride + setup.page_of(key)];
+      pages = rows.p.block_table[rows.request * rows.p.table_stride + setup.page_of(key / kGroup)];
     if (rows.p.debug && key < end && unsigned(pages) >= rows.p.P) __trap();
   }
   // Starts the copies of group i, if there is one.
-  __device__ void fetch(int i, int n) {
+  __device__ __forceinline__ void fetch(int i, int n) {
     if (i < n) {
       if (i % 32 == 0) find_pages(i);
-      const int page = __shfl_sync(~0u, pages, i % 32), from = key(i);
-      const int t = from - setup.page_of(from) * int(rows.p.Z);
-      source.copy(stage(i), page, t, rows, from, end - from);
+      const int page = __shfl_sync(~0u, pages, i % 32), from = key(i), group = from / kGroup;
+      const int in = group - setup.page_of(group) * (int(rows.p.Z) / kGroup);
+      source.copy(stage(next), page, in, rows, end - from);
     }
     ptx::copies_commit();
+    next = next == S::kStages - 1 ? 0 : next + 1;
   }
 };
 
@@ -345,14 +206,19 @@ __device__ inline void load_queries(const S& source, const Room<S>& room, const 
   const int D = int(rows.p.D);
   for (int r = warp; r < Room<S>::kRows; r += kWarps) {
     uint16_t* to = reinterpret_cast<uint16_t*>(room.rows + r * Room<S>::kRow);
+    if (r >= count) {
+#pragma unroll
+      for (int i = 0; i < S::kD / 32; ++i) to[lane + 32 * i] = 0;
+      if (lane == 0) room.scale[r] = room.sum[r] = room.bias[r] = 0.f;
+      continue;
+    }
     float x[S::kD / 32];
-    const int64_t from = r < count ? (rows.first + rows.token(row0 + r)) * rows.p.q_token +
-                                         rows.head(row0 + r) * rows.p.q_head
-                                   : 0;
+    const int64_t from =
+        (rows.first + rows.token(row0 + r)) * rows.p.q_token + rows.head(row0 + r) * rows.p.q_head;
 #pragma unroll
     for (int i = 0; i < S::kD / 32; ++i) {
       const int d = lane + 32 * i;
-      x[i] = r < count && d < D ? load_float(rows.p.q, from + d, rows.p.dtype) : 0.f;
+      x[i] = d < D ? load_float(rows.p.q, from + d, rows.p.dtype) : 0.f;
     }
     const RowNumbers n = source.query(room.ring, rows, warp, x);
     float sum = 0.f;
@@ -515,12 +381,20 @@ __device__ inline void run_task(const S& source, const Setup& setup, const Task&
     const int count = t.row0 + t.rows - row0 < kRows ? t.row0 + t.rows - row0 : kRows;
     const int seen_end = rows.end(row0 + count - 1), seen_begin = rows.begin(row0) / 16 * 16;
     const int begin = seen_begin > t.kv_begin ? seen_begin : t.kv_begin;
-    // NOTE: queries may use the ring for their factors, so they come before the copies
+    Walk<S> walk{source,
+                 setup,
+                 rows,
+                 begin,
+                 seen_end,
+                 warp,
+                 ptx::shared_address(room.ring) + warp * S::kStages * setup.stage_bytes};
+    const int n = seen_end > begin ? walk.count() : 0;
+    // NOTE: factors of the queries are applied in the ring, before the first copies then
+    const bool early = !source.uses_ring();
+    for (int i = 0; early && i < S::kStages - 1; ++i) walk.fetch(i, n);
     load_queries(source, room, rows, row0, count, warp);
     ptx::named_barrier(barrier, kThreads);
-    Walk<S> walk{source, setup, rows, begin, seen_end, warp, ptx::shared_address(room.ring)};
-    const int n = seen_end > begin ? walk.count() : 0;
-    for (int i = 0; i < S::kStages - 1; ++i) walk.fetch(i, n);
+    for (int i = 0; !early && i < S::kStages - 1; ++i) walk.fetch(i, n);
     order_queries(source, room);
     ptx::named_barrier(barrier, kThreads);
     S mine = source;
@@ -528,13 +402,14 @@ __device__ inline void run_task(const S& source, const Setup& setup, const Task&
     State<S> st;
     begin_state(st);
     const int all_begin = rows.begin(row0 + count - 1), all_end = rows.all_end(row0);
-    for (int i = 0; i < n; ++i) {
+    for (int i = 0, at = 0; i < n; ++i) {
       ptx::copies_wait<S::kStages - 2>();
-      __syncwarp();
+      ptx::warp_barrier();
       walk.fetch(i + S::kStages - 1, n);
       const int key = walk.key(i);
       const bool whole = key >= all_begin && key + kGroup <= all_end;
-      step(mine, room, rows, st, row0, count, key, whole, walk.stage(i));
+      step(mine, room, rows, st, row0, count, key, whole, walk.stage(at));
+      at = at == S::kStages - 1 ? 0 : at + 1;
     }
     ptx::copies_wait<0>();
     ptx::named_barrier(barrier, kThreads);
@@ -564,11 +439,12 @@ __global__ __launch_bounds__(kThreads, S::kBlocks) void attend(const typename S:
 
 // --- pages of plain numbers
 
-template <DType kNumbers, int kHead, int kEights>
+// kExact: the head dim is kHead, else less or equal.
+template <DType kNumbers, int kHead, int kEights, bool kExact>
 struct Plain {
   using Problem = Params;
   static constexpr DType kType = kNumbers;
-  static constexpr int kD = kHead, kTiles = kEights, kStages = kHead > 128 ? 2 : 3;
+  static constexpr int kD = kHead, kTiles = kEights, kStages = kHead * kEights > 256 ? 2 : 3;
   static constexpr int kBlocks = kHead > 128 ? 1 : 2;
   static constexpr bool kKeep = kD * kTiles < 512;  // queries stay in registers
   using Product = std::conditional_t<kType == DType::kBF16, ptx::Bf16Product, ptx::F16Product>;
@@ -597,46 +473,59 @@ struct Plain {
           q[k][n] = fragments[(k * kTiles + n) * 32 + threadIdx.x % 32];
   }
 
+  __device__ int dim() const { return kExact ? kD : int(p.D); }
+  __device__ bool uses_ring() const { return false; }
+
   // --- a stage: 16 keys, then 16 values, each in a row of 2 D + 16 bytes
-  template <int kFixed>
-  __device__ void copy_rows(uint32_t to, const char* from, int there) const {
-    const int cols = kFixed > 0 ? kFixed / 8 : int(p.D) / 8;
+  template <bool kWhole>
+  __device__ __forceinline__ void copy_rows(uint32_t to, const char* from, int there) const {
+    const int lane = threadIdx.x % 32, cols = dim() / 8;
 #pragma unroll
-    for (int i = threadIdx.x % 32; i < kGroup * cols; i += 32) {
-      const int row = i / cols;
-      ptx::copy16(to + i * 16 + row * 16, from + i * 16, row < there);
+    for (int k = 0; k < kD / 16; ++k) {
+      const int i = lane + 32 * k, row = i / cols;
+      if (!kExact && i >= kGroup * cols) break;
+      if (kWhole)
+        ptx::copy16(to + i * 16 + row * 16, from + i * 16);
+      else
+        ptx::copy16(to + i * 16 + row * 16, from + i * 16, row < there);
     }
   }
-  __device__ void copy(uint32_t stage, int page, int t, const Rows& rows, int, int there) const {
-    const int64_t at = ((int64_t{page} * p.J + rows.j) * 2 * p.Z + t) * p.D * 2;
-    const char* from = static_cast<const char*>(p.pages) + at;
-    const uint32_t half = kGroup * uint32_t(p.D * 2 + 16);
-    const int64_t values = p.Z * p.D * 2;
-    if (p.D == kD) {
-      copy_rows<kD>(stage, from, there);
-      copy_rows<kD>(stage + half, from + values, there);
+  __device__ __forceinline__ void copy(uint32_t stage, int page, int in, const Rows& rows,
+                                       int there) const {
+    const int64_t at = (int64_t{page} * p.J + rows.j) * 2 * p.Z + in * kGroup;
+    const char* from = static_cast<const char*>(p.pages) + at * dim() * 2;
+    const uint32_t half = kGroup * uint32_t(dim() * 2 + 16);
+    const char* values = from + p.Z * dim() * 2;
+    if (there >= kGroup) {
+      copy_rows<true>(stage, from, there);
+      copy_rows<true>(stage + half, values, there);
     } else {
-      copy_rows<0>(stage, from, there);
-      copy_rows<0>(stage + half, from + values, there);
+      copy_rows<false>(stage, from, there);
+      copy_rows<false>(stage + half, values, there);
     }
   }
 
-  __device__ void score(uint32_t stage, const uint2* fragments, const Rows&, int,
-                        float (&x)[kTiles][4]) const {
-    const int lane = threadIdx.x % 32, D = int(p.D);
-    const uint32_t from = stage + lane % 16 * (D * 2 + 16) + lane / 16 * 16;
+  __device__ __forceinline__ void score(uint32_t stage, const uint2* fragments, const Rows&, int,
+                                        float (&x)[kTiles][4]) const {
+    const int lane = threadIdx.x % 32;
+    const uint32_t from = stage + lane % 16 * (dim() * 2 + 16) + lane / 16 * 16;
+    float y[kTiles][4] = {};  // a second chain of sums
 #pragma unroll
     for (int k = 0; k < kD / 16; ++k) {
-      if (16 * k >= D) break;
+      if (!kExact && 16 * k >= dim()) break;
       uint32_t a[4];
       ptx::load_matrices(a, from + k * 32);
 #pragma unroll
       for (int n = 0; n < kTiles; ++n) {
         const uint2 b =
             kKeep ? q[kKeep ? k : 0][kKeep ? n : 0] : fragments[(k * kTiles + n) * 32 + lane];
-        Product::multiply(x[n], a, b.x, b.y);
+        Product::multiply(k % 2 && kTiles < 4 ? y[n] : x[n], a, b.x, b.y);
       }
     }
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) x[n][i] += kTiles < 4 ? y[n][i] : 0.f;
   }
   __device__ bool scale_scores(uint32_t, const Room<Plain>&, float (&x)[kTiles][4],
                                float (&)[2]) const {
@@ -657,12 +546,12 @@ struct Plain {
   }
   __device__ void weigh(uint32_t stage, const uint32_t (&w)[kTiles][2], int,
                         float (&o)[kD / 16][kTiles][4]) const {
-    const int lane = threadIdx.x % 32, D = int(p.D);
-    const uint32_t stride = D * 2 + 16;
+    const int lane = threadIdx.x % 32;
+    const uint32_t stride = dim() * 2 + 16;
     const uint32_t from = stage + (kGroup + lane % 8 + lane / 16 * 8) * stride + lane / 8 % 2 * 16;
 #pragma unroll
     for (int m = 0; m < kD / 16; ++m) {
-      if (16 * m >= D) break;
+      if (!kExact && 16 * m >= dim()) break;
       uint32_t a[4];
       ptx::load_transposed(a, from + m * 32);
 #pragma unroll
@@ -711,8 +600,8 @@ int launch(const typename S::Problem& p, Part part, int stage_bytes, int sms, bo
   const cudaError_t error = cudaFuncSetAttribute(
       reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (error != cudaSuccess) return int(error);
-  const uint64_t zg = uint64_t(p.Z / 16);
-  const Setup setup{part, stage_bytes, ((uint64_t{1} << 32) + zg - 1) / zg};
+  const uint64_t zg = uint64_t(p.Z / 16), whole = uint64_t{1} << 32;
+  const Setup setup{part, stage_bytes, zg == 1 ? 0 : uint32_t((whole + zg - 1) / zg)};
   const int64_t rows = p.T * (p.H / p.J);
   const int64_t tasks = p.plan.words != nullptr
                             ? (p.plan_words - kHeaderWords) / kTaskWords

@@ -30,7 +30,7 @@ CPU = [*shared.DECODE, *shared.MORE_DECODE, *shared.VERIFY]
 PAGE_16 = [case | {"page": 16} for case in (TARGET, DECODE[1], DECODE[3], VERIFY)]
 CASES = [TARGET, *DECODE, VERIFY, *PAGE_16, *CPU]
 QUICK = [TARGET, VERIFY]
-BLOCKS_OF_SM = 4
+BLOCKS_OF_SM = 1
 """Workers of a multiprocessor that plans are made for."""
 ROTATE_BYTES = 200 << 20
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from tessella.kv.cache import PagedKVCache
     from tessella.kv.store import Store
 
-BLOCKS_OF_SM = 4
+BLOCKS_OF_SM = 1
 """Workers of a GPU's multiprocessor that a plan is made for."""
 
 
