@@ -140,6 +140,20 @@ def test_runs_and_replays_give_the_same_bits(kernel, codec):
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
+def test_split_one(kernel):
+    """A few keys, split and merged: small enough to run under compute-sanitizer."""
+    for codec, q_len in (("k4v4", [1, 1]), ("k4v4", [8, 3]), ("k4v2-g32", [1, 1])):
+        q, cache, batch, how = problem(
+            codec, 8, 2, 128, 16, torch.bfloat16, None, q_len=q_len, kv_len=[600, 35]
+        )
+        want = ref.kv4_attn(q, cache, batch, scale=128**-0.5, **how)
+        with force(kernel):
+            for plan in (ops.msm_plan(batch, 8, 2, units=8, split=256), None):
+                got = attend(q, cache, batch, plan, **how)
+                assert_close(got, want, DIFF[torch.bfloat16])
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
 def test_scales_of_any_size(kernel):
     """Values in the thousands and keys near nothing: probabilities times scales stay in range."""
     g, D = gen(), 64

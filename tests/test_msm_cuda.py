@@ -144,6 +144,17 @@ def test_runs_and_replays_give_the_same_bits(kernel):
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
+def test_split_one(kernel):
+    """A few keys, split and merged: small enough to run under compute-sanitizer."""
+    for q_len in ([1, 1], [8, 3]):
+        q, pages, batch = problem(8, 2, 128, 16, torch.bfloat16, None, q_len, [600, 35])
+        want = ref.msm_attn(q, pages, batch, scale=128**-0.5)
+        with force(kernel):
+            for plan in (ops.msm_plan(batch, 8, 2, units=8, split=256), None):
+                assert_close(attend(q, pages, batch, plan), want, DIFF[torch.bfloat16])
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
 def test_nothing_but_the_result_is_written(kernel):
     q, pages, batch = problem(8, 2, 64, 16, torch.bfloat16, MIXED)
     out, around = poisoned_output(q.cuda())

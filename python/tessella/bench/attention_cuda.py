@@ -17,6 +17,7 @@ from tessella import ops
 from tessella.bench import attention as shared
 from tessella.bench.suite import Case
 from tessella.formats_kv import MsmBatch
+from tessella.kv.step import workers
 
 TARGET = shared.case("decode", 64, 4096, 1)
 DECODE = [
@@ -30,14 +31,12 @@ CPU = [*shared.DECODE, *shared.MORE_DECODE, *shared.VERIFY]
 PAGE_16 = [case | {"page": 16} for case in (TARGET, DECODE[1], DECODE[3], VERIFY)]
 CASES = [TARGET, *DECODE, VERIFY, *PAGE_16, *CPU]
 QUICK = [TARGET, VERIFY]
-BLOCKS_OF_SM = 1
-"""Workers of a multiprocessor that plans are made for."""
 ROTATE_BYTES = 200 << 20
 
 
 def units() -> int:
     """Workers of this GPU."""
-    return BLOCKS_OF_SM * torch.cuda.get_device_properties(0).multi_processor_count
+    return workers(torch.device("cuda"))
 
 
 def problem(c: Case) -> tuple[shared.Problem, MsmBatch]:

@@ -11,7 +11,7 @@ from tessella.bench.msm import BF16_MACS
 from tessella.bench.suite import Case, Family, Prepared, Selection, Subject
 from tessella.formats_kv import KV4Pages, KVCodec
 
-MOST_CODED = 2048
+MOST_CODED = 256
 """Pages whose scales are drawn one by one; larger caches repeat them."""
 
 

@@ -20,8 +20,9 @@ if TYPE_CHECKING:
     from tessella.kv.cache import PagedKVCache
     from tessella.kv.store import Store
 
-BLOCKS_OF_SM = 1
-"""Workers of a GPU's multiprocessor that a plan is made for."""
+BLOCKS_OF_TWO_SMS = 3
+"""Workers of two multiprocessors of a GPU that plans are made for; each has two parts about, and a
+multiprocessor takes two to four blocks at a time (measured on an H200: csrc/kv4/README.md)."""
 
 
 @dataclass
@@ -308,7 +309,8 @@ def workers(device: torch.device) -> int:
     """Blocks that work at a time on a GPU, for plans; 0 elsewhere: torch's threads."""
     if device.type != "cuda":
         return 0
-    return BLOCKS_OF_SM * torch.cuda.get_device_properties(device).multi_processor_count
+    sms = torch.cuda.get_device_properties(device).multi_processor_count
+    return BLOCKS_OF_TWO_SMS * sms // 2
 
 
 def tree_bits(tree_NN: Tensor, words: int = 0) -> Tensor:
