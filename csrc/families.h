@@ -36,6 +36,9 @@ inline std::vector<Family> families() {
 #define X(isa) "kv4." #isa ".bf16",
                    TSL_KV4_BF16(X)
 #undef X
+#define X(tile) "kv4.sm80." #tile,
+                       TSL_KV4_SM80(X)
+#undef X
        }},
       {"mla",
        {
@@ -56,6 +59,9 @@ inline std::vector<Family> families() {
 #undef X
 #define X(isa) "msm." #isa ".bf16",
                TSL_MSM_BF16(X)
+#undef X
+#define X(tile) "msm.sm80." #tile,
+                   TSL_MSM_SM80(X)
 #undef X
        }},
       {"w4ax_gemm",

@@ -21,10 +21,12 @@ def parts(words: list[int]) -> tuple[dict, np.ndarray, np.ndarray]:
     """(header, tasks [n, 8], merges [n, 5]) of a plan."""
     w = np.asarray(words, dtype=np.int64)
     names = ("magic", "words", "B", "T", "H", "J", "tasks", "merges", "partial_rows", "units")
+    names += ("split", "window", "big")
     header = dict(zip(names, w[: len(names)].tolist(), strict=True))
     end = ref.HEADER + ref.TASK * header["tasks"]
-    assert header["magic"] == ref.MAGIC and header["words"] == len(w)
-    return header, w[ref.HEADER : end].reshape(-1, 8), w[end:].reshape(-1, 5)
+    assert header["magic"] == ref.MAGIC and header["words"] == len(w) >= header["partial_rows"]
+    merges = w[end : end + ref.MERGE * header["merges"]]
+    return header, w[ref.HEADER : end].reshape(-1, 8), merges.reshape(-1, 5)
 
 
 def make(q_len, kv_len, mask, H=8, J=2, window=0, units=4, split=0) -> dict:
@@ -52,6 +54,9 @@ def test_every_visible_pair_is_covered_once(batch, heads, window, units, split):
     plan = make(q_len, kv_len, mask, H, J, window, units, split)
     header, tasks, merges = parts(plan["words"])
     assert plan["error"] == ""
+    tall = tasks[:, 1] >= 64  # they stand first; both parts longest first
+    assert tall.sum() == header["big"] and tall[: header["big"]].all()
+    assert all((np.diff(part[:, 7]) <= 0).all() for part in (tasks[tall], tasks[~tall]))
     rows_of = [n * H // J for n in q_len]
     count = [np.zeros((r, kv), np.int8) for r, kv in zip(rows_of, kv_len, strict=True)]
     written = [np.zeros(r, np.int8) for r in rows_of]

@@ -81,7 +81,7 @@ inline const int32_t* check_row_index(const Arg& arg, const OptTensor& t, int64_
                                       const Tensor& beside) {
   if (!t) return nullptr;
   const int32_t* at = msm::check_ints(arg, *t, n, beside);
-  for (int64_t i = 0; i < n; ++i)
+  for (int64_t i = 0; i < n && !beside.is_cuda(); ++i)
     if (at[i] < 0 || at[i] >= count)
       refuse(arg, "rows 0.." + std::to_string(count - 1) + " in entry " + std::to_string(i), at[i]);
   return at;
@@ -108,6 +108,7 @@ void check_tail(const char* op, const OptTensor& tail, const OptTensor& row, int
   check_tensor(Arg{op, "k_tail"}, *tail, tail->scalar_type(), {tail->size(0), p.J, p.Z, p.D},
                beside);
   p.tail_row = check_row_index(Arg{op, "tail_row"}, row, n, tail->size(0), beside);
+  p.tail_rows = tail->size(0);
   p.k_tail = tail->mutable_data_ptr();
 }
 

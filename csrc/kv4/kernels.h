@@ -2,6 +2,7 @@
 //   codes  multiplies codes: INT8 queries by K codes, INT8 probabilities by V codes
 //   tile   decodes blocks to fp32, then as msm
 //   bf16   decodes blocks to bf16, then as msm
+//   plain  any GPU from sm_80: decodes in registers, fp16 products (sm80.cuh)
 #pragma once
 #include "core/build.h"
 #include "cpu/isa.h"
@@ -9,3 +10,4 @@
 #define TSL_KV4_CODES(X) TSL_FOR_EACH_ISA(X)
 #define TSL_KV4_TILE(X) TSL_FOR_EACH_ISA(X)
 #define TSL_KV4_BF16(X) TSL_FOR_EACH_BF16_ISA(X)
+#define TSL_KV4_SM80(X) TSL_IF_CUDA(X(plain))

@@ -36,6 +36,12 @@ static Params check(const char* op, const Tensor& q, const Tensor& pages, const 
 
 static void run(const char* op, const Tensor& q, const BatchArgs& a, Params& p) {
   if (p.T == 0) return;
+  if (q.is_cuda()) {
+    TSL_IF_CUDA(msm::choose_plan_on_gpu(op, a, p, msm::gpu_sms());
+                const Tensor partials = msm::make_partials(q, p);
+                msm::on_gpu(op, q, [&](void* stream) { return run_cuda(p, stream); });)
+    return;
+  }
   std::vector<int32_t> own;
   msm::choose_plan(op, a, p, own);
   if (env().log_plan) log_plan(to_string(p.plan));
@@ -100,6 +106,10 @@ static void kv4_append(const Tensor& k, const Tensor& v, const Tensor& slots, co
   p.v_fold = check_fold(Arg{op, "v_fold"}, v_fold, p.J, p.D, k, count);
   p.rows = check_factor_rows(op, rows, p.T, count, k);
   check_tail(op, k_tail, tail_row, p.T, k, p);
+  if (k.is_cuda()) {
+    TSL_IF_CUDA(msm::on_gpu(op, k, [&](void* stream) { return append_cuda(p, stream); });)
+    return;
+  }
   append_cpu(p);
 }
 
@@ -108,5 +118,10 @@ STABLE_TORCH_LIBRARY_IMPL(tessella, CPU, m) {
   m.impl("kv4_attn_out", TORCH_BOX(&kv4_attn_out));
   m.impl("kv4_append", TORCH_BOX(&kv4_append));
 }
+TSL_IF_CUDA(STABLE_TORCH_LIBRARY_IMPL(tessella, CUDA, m) {
+  m.impl("kv4_attn", TORCH_BOX(&kv4_attn));
+  m.impl("kv4_attn_out", TORCH_BOX(&kv4_attn_out));
+  m.impl("kv4_append", TORCH_BOX(&kv4_append));
+})
 
 }  // namespace tessella::kv4

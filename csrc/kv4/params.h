@@ -27,12 +27,13 @@ struct Params : msm::Batch {
   const void* k_tail;   // [S][J][Z][D] of tail_dtype: keys of the page that is not full
   DType tail_dtype;
   const int32_t* tail_row;  // [B]
+  int64_t tail_rows;        // S
 
   const uint8_t* blob(int64_t request, int64_t pos, int64_t j) const {
     const int64_t index = block_table[request * table_stride + pos / Z];
     return pages + (index * J + j) * page.bytes();
   }
-  int64_t factor_row(int64_t request) const { return rows ? rows[request] : 0; }
+  TSL_HD int64_t factor_row(int64_t request) const { return rows ? rows[request] : 0; }
 };
 
 // The numbers of a page's layout, which would cost divisions each time.
@@ -60,6 +61,7 @@ struct Places {
 };
 
 void run_cpu(const Params& p);
+int run_cuda(const Params& p, void* stream);
 
 struct AppendParams : msm::AppendParams {
   uint8_t* pages;
@@ -70,9 +72,11 @@ struct AppendParams : msm::AppendParams {
   void* k_tail;
   DType tail_dtype;
   const int32_t* tail_row;  // [T]
+  int64_t tail_rows;        // S
 };
 
 void append_cpu(const AppendParams& p);
+int append_cuda(const AppendParams& p, void* stream);
 
 // Floats of scratch that a body needs for head dim D.
 constexpr int64_t scratch_floats(int64_t D) {

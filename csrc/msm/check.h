@@ -2,12 +2,22 @@
 #pragma once
 #include <optional>
 
+#include "core/build.h"
 #include "core/check.h"
+#include "core/env.h"
+#include "core/stream.h"
 #include "msm/params.h"
 
 namespace tessella::msm {
 
 using OptTensor = std::optional<Tensor>;
+
+// Runs f(stream) for CUDA tensors on the device of `like`.
+template <class F>
+void on_gpu(const char* op, const Tensor& like, const F& f) {
+  const torch::stable::accelerator::DeviceGuard guard(like.get_device_index());
+  check_launch(op, f(current_stream(like.get_device_index())));
+}
 
 // The arguments that every attention op has, as its schema orders them.
 struct BatchArgs {
@@ -97,6 +107,16 @@ inline void check_request(const char* op, const BatchArgs& a, const Batch& p, in
   }
 }
 
+// What can be said of a batch whose lengths and pages only the device can read.
+inline void check_on_gpu(const char* op, const BatchArgs& a, Batch& p) {
+  if (p.dtype == DType::kF32) refuse(Arg{op, "q"}, "bfloat16 or float16 on cuda", "float32");
+  if (a.max_kv_len > p.table_stride * p.Z)
+    refuse(Arg{op, "max_kv_len"},
+           "at most the " + std::to_string(p.table_stride * p.Z) + " tokens of a block table's row",
+           a.max_kv_len);
+  p.debug = env().debug;
+}
+
 // Fills and checks what concerns the requests of a batch whose queries and P, J, Z, D are set.
 inline void check_requests(const char* op, const Tensor& q, const BatchArgs& a, Batch& p) {
   if (a.block_table.dim() != 2)
@@ -117,6 +137,7 @@ inline void check_requests(const char* op, const Tensor& q, const BatchArgs& a, 
   p.softcap = float(a.softcap);
   p.window = a.window;
   if (!(p.softcap >= 0.f)) refuse(Arg{op, "softcap"}, "0 (none) or more", "a negative number");
+  if (q.is_cuda()) return check_on_gpu(op, a, p);
   if (p.cu_q[0] != 0) refuse(Arg{op, "cu_q"}, "0 as the first offset", p.cu_q[0]);
   for (int64_t b = 0; b < p.B; ++b) check_request(op, a, p, b);
   if (p.cu_q[p.B] != p.T)
@@ -133,6 +154,32 @@ inline Problem problem_of(const Batch& p, int units) {
   return {p.cu_q, p.kv_len, p.mask, p.B, int(p.H), int(p.J), p.window, units, 0};
 }
 
+// Rows of a task where none was planned: as many as a request of this batch has, about.
+inline int64_t usual_rows(const Batch& p) {
+  return ceil_div(p.T, std::max<int64_t>(p.B, 1)) * (p.H / p.J);
+}
+
+// On CUDA: the caller's plan, unread, or a split that follows from the longest cache alone.
+inline void choose_plan_on_gpu(const char* op, const BatchArgs& a, Batch& p, int sms) {
+  const int64_t rows = p.T * (p.H / p.J);
+  if (a.plan) {
+    const Tensor& t = *a.plan;
+    if (t.dim() != 1 || t.scalar_type() != ScalarType::Int || !t.is_contiguous() || !t.is_cuda() ||
+        t.numel() < kHeaderWords)
+      refuse(Arg{op, "plan"}, "contiguous int32 [words] on cuda", describe(t));
+    p.plan = {t.const_data_ptr<int32_t>()};
+    p.plan_words = p.partial_rows = t.numel();
+    return;
+  }
+  const int64_t most = p.table_stride * p.Z;
+  const int64_t longest = std::max<int64_t>(a.max_kv_len > 0 ? a.max_kv_len : most, 1);
+  const int64_t tile = tile_rows(usual_rows(p));
+  const int64_t tiles = std::max<int64_t>(p.B, ceil_div(rows, tile));
+  p.uniform = {tile, 1, uniform_split(tiles, int(p.J), longest, 2 * sms)};
+  p.uniform.parts = ceil_div(longest, p.uniform.keys);
+  p.partial_rows = p.uniform.parts > 1 ? p.uniform.parts * rows : 0;
+}
+
 // The caller's plan, or one made into `own` with a split that follows from the longest cache alone.
 inline void choose_plan(const char* op, const BatchArgs& a, Batch& p, std::vector<int32_t>& own) {
   Problem problem = problem_of(p, int(torch::stable::get_num_threads()));
@@ -143,6 +190,7 @@ inline void choose_plan(const char* op, const BatchArgs& a, Batch& p, std::vecto
     p.plan = {t.const_data_ptr<int32_t>()};
     const std::string error = plan_error(problem, p.plan.words, t.numel());
     if (!error.empty()) refuse(Arg{op, "plan"}, "a plan for this batch", error);
+    p.partial_rows = p.plan.header().partial_rows;
     return;
   }
   int64_t longest = a.max_kv_len;
@@ -151,11 +199,12 @@ inline void choose_plan(const char* op, const BatchArgs& a, Batch& p, std::vecto
   problem.split = uniform_split(p.B, problem.J, std::max<int64_t>(longest, 1), problem.units);
   own = plan(problem);
   p.plan = {own.data()};
+  p.partial_rows = p.plan.header().partial_rows;
 }
 
 // Room for partial results, empty where nothing is split.
 inline Tensor make_partials(const Tensor& q, Batch& p) {
-  const int64_t rows = p.J * p.plan.header().partial_rows;
+  const int64_t rows = p.J * p.partial_rows;
   Tensor t = torch::stable::new_empty(q, {rows * (p.D + 1)}, ScalarType::Float);
   p.partial = t.mutable_data_ptr<float>();
   p.partial_lse = p.partial + rows * p.D;
@@ -207,7 +256,8 @@ inline void check_append(const char* op, const Tensor& k, const Tensor& v, const
     p.cos = cos->const_data_ptr<float>();
     p.sin = sin->const_data_ptr<float>();
   }
-  for (int64_t t = 0; debug && t < p.T; ++t)
+  p.debug = debug;
+  for (int64_t t = 0; debug && !k.is_cuda() && t < p.T; ++t)
     if (p.slots[t] < -1 || p.slots[t] >= p.P * p.Z)
       refuse(Arg{op, "slots"},
              "-1.." + std::to_string(p.P * p.Z - 1) + " for token " + std::to_string(t),

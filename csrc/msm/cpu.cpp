@@ -52,7 +52,7 @@ static void store(const Batch& p, int64_t at, const float* o) {
 static void merge_row(const Batch& p, const Merge& m, int64_t j, int64_t r, float* o) {
   const int64_t G = p.H / p.J, first = p.cu_q[m.request], row = m.row0 + r;
   const int64_t token = first + row / G, head = j * G + row % G;
-  const int64_t part0 = j * p.plan.header().partial_rows + m.partial + r;
+  const int64_t part0 = j * p.partial_rows + m.partial + r;
   const float none = -std::numeric_limits<float>::infinity();
   float top = p.sinks ? p.sinks[head] : none, sum = 0.f;
   for (int64_t i = 0; i < m.parts; ++i) {

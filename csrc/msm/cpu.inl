@@ -335,7 +335,7 @@ inline void finish_row(const Rows& rows, const State& st, int r, float* o) {
   }
   const float lse = l == 0.f ? -kInf : (m + __builtin_log2f(l)) * kLn2;
   if (t.partial >= 0) {
-    const int64_t at = rows.j * p.plan.header().partial_rows + t.partial + r;
+    const int64_t at = rows.j * p.partial_rows + t.partial + r;
     for (int64_t d = 0; d < p.D; d += kLanes)
       store_f(p.partial + at * p.D + d, mul(load_f(o + d), set1_f(by)));
     p.partial_lse[at] = lse;

@@ -1,9 +1,11 @@
 // Compiled bodies of msm; names are msm.<isa>.<tile>.
 //   tile  multiplies in fp32
 //   bf16  multiplies in bf16 (VDPBF16PS), for bf16 queries and pages
+//   plain  any GPU from sm_80: every tile, mask and head dim (sm80.cuh)
 #pragma once
 #include "core/build.h"
 #include "cpu/isa.h"
 
 #define TSL_MSM_TILE(X) TSL_FOR_EACH_ISA(X)
 #define TSL_MSM_BF16(X) TSL_FOR_EACH_BF16_ISA(X)
+#define TSL_MSM_SM80(X) TSL_IF_CUDA(X(plain))

@@ -54,11 +54,19 @@ static Params check(const char* op, const Tensor& q, const Tensor& pages, const 
   check_tensor(Arg{op, "pages"}, pages, pages.scalar_type(), {p.P, p.J, 2, p.Z, p.D}, q);
   p.pages = pages.const_data_ptr();
   check_batch(op, q, a, p);
+  if (q.is_cuda() && p.page_dtype != p.dtype)
+    refuse(Arg{op, "pages"}, "pages of q's dtype on cuda", dtype_text(pages.scalar_type()));
   return p;
 }
 
 static void run(const char* op, const Tensor& q, const BatchArgs& a, Params& p) {
   if (p.T == 0) return;
+  if (q.is_cuda()) {
+    TSL_IF_CUDA(choose_plan_on_gpu(op, a, p, gpu_sms());
+                const Tensor partials = make_partials(q, p);
+                on_gpu(op, q, [&](void* stream) { return run_cuda(p, stream); });)
+    return;
+  }
   std::vector<int32_t> own;
   choose_plan(op, a, p, own);
   if (env().log_plan) log_plan(to_string(p.plan));
@@ -110,6 +118,12 @@ static void msm_append(const Tensor& k, const Tensor& v, const Tensor& slots, co
   const DType dtype = check_float(Arg{op, "pages"}, pages.scalar_type());
   check_tensor(Arg{op, "pages"}, pages, pages.scalar_type(), {p.P, p.J, 2, p.Z, p.D}, k);
   check_append(op, k, v, slots, cos, sin, env().debug, p);
+  if (k.is_cuda()) {
+    TSL_IF_CUDA(on_gpu(op, k, [&](void* stream) {
+                  return append_cuda(p, pages.mutable_data_ptr(), dtype, stream);
+                });)
+    return;
+  }
   append_cpu(p, pages.mutable_data_ptr(), dtype);
 }
 
@@ -119,5 +133,10 @@ STABLE_TORCH_LIBRARY_IMPL(tessella, CPU, m) {
   m.impl("msm_attn_out", TORCH_BOX(&msm_attn_out));
   m.impl("msm_append", TORCH_BOX(&msm_append));
 }
+TSL_IF_CUDA(STABLE_TORCH_LIBRARY_IMPL(tessella, CUDA, m) {
+  m.impl("msm_attn", TORCH_BOX(&msm_attn));
+  m.impl("msm_attn_out", TORCH_BOX(&msm_attn_out));
+  m.impl("msm_append", TORCH_BOX(&msm_append));
+})
 
 }  // namespace tessella::msm

@@ -10,6 +10,15 @@
 
 namespace tessella::msm {
 
+// How a batch is cut without a plan, where only the device knows its lengths: tiles of `tile` rows,
+// each in `parts` parts of `keys` keys.
+struct Uniform {
+  int64_t tile, parts, keys;
+};
+
+// Tasks of a plan by the rows of their tile.
+enum class Part { kAll, kBig, kSmall };
+
 // What any source of keys and values shares.
 struct Batch {
   const void* q;  // [T][H][D] of `dtype`, strides in elements
@@ -25,13 +34,18 @@ struct Batch {
   float scale, softcap;
   int64_t window;
   int64_t B, T, H, J, D, Z, P;
-  DType dtype;  // of q and out
-  void* out;    // [T][H][D]
-  float* lse;   // [T][H] or null
-  PlanView plan;
+  DType dtype;                   // of q and out
+  void* out;                     // [T][H][D]
+  float* lse;                    // [T][H] or null
+  PlanView plan;                 // on CUDA: null, or in device memory
   float *partial, *partial_lse;  // [J][partial_rows][D] and [J][partial_rows]
+  int64_t partial_rows;          // that there is room for
+  // on CUDA only
+  int64_t plan_words;
+  Uniform uniform;  // without a plan
+  bool debug;       // stop at a page outside the cache
 
-  Mask mask_of(int64_t b) const { return mask ? Mask(mask[b]) : Mask::kCausal; }
+  TSL_HD Mask mask_of(int64_t b) const { return mask ? Mask(mask[b]) : Mask::kCausal; }
 };
 
 constexpr int64_t kMostValues = 512;  // of a row: Batch::D of any source
@@ -53,6 +67,16 @@ struct Params : Batch {
 
 void run_cpu(const Params& p);
 
+// Multiprocessors of the current GPU.
+int gpu_sms();
+
+// Launches on a cudaStream_t; the result is a cudaError_t.
+int run_cuda(const Params& p, void* stream);
+
+// Hopper's bodies for tiles of 64 and 128 rows; whether they take this problem.
+bool sm90_takes(const Params& p);
+int run_sm90(const Params& p, bool programmatic, void* stream);
+
 struct AppendParams {
   const void *k, *v;  // [T][J][D] of `dtype`, strides in elements
   int64_t k_token, k_head, v_token, v_head;
@@ -60,6 +84,7 @@ struct AppendParams {
   const float *cos, *sin;  // [T][R / 2] or null
   int64_t T, J, D, Z, P, R;
   DType dtype;
+  bool debug;  // stop at a slot outside the cache
 };
 
 // Key or value [D] of token t and kv head j in fp32, the key rotated.
@@ -68,5 +93,6 @@ void read_value(const AppendParams& p, int64_t t, int64_t j, float* v);
 
 // Keys, rotated, and values into pages [P][J][2][Z][D] of page_dtype.
 void append_cpu(const AppendParams& p, void* pages, DType page_dtype);
+int append_cuda(const AppendParams& p, void* pages, DType page_dtype, void* stream);
 
 }  // namespace tessella::msm

@@ -85,10 +85,13 @@ std::vector<int32_t> plan(const Problem& p) {
       if (parts > 1) partial_rows += t.rows;
     }
   }
-  std::stable_sort(tasks.begin(), tasks.end(),
-                   [](const Task& a, const Task& b) { return a.cost > b.cost; });
-  const size_t words =
+  const auto big = [](const Task& t) { return t.tile >= kBigTile; };
+  std::stable_sort(tasks.begin(), tasks.end(), [&](const Task& a, const Task& b) {
+    return big(a) != big(b) ? big(a) : a.cost > b.cost;
+  });
+  const size_t used =
       kHeaderWords + tasks.size() * kTaskWords + merges.size() * size_t{kMergeWords};
+  const size_t words = std::max(used, size_t(partial_rows));
   std::vector<int32_t> out(words);
   Header h{};
   h.magic = kMagic;
@@ -103,6 +106,7 @@ std::vector<int32_t> plan(const Problem& p) {
   h.units = p.units;
   h.split = int32_t(p.split);
   h.window = int32_t(p.window);
+  h.big = int32_t(std::count_if(tasks.begin(), tasks.end(), big));
   auto copy = [to = reinterpret_cast<char*>(out.data())](const void* from, size_t bytes) mutable {
     std::copy_n(static_cast<const char*>(from), bytes, to);
     to += bytes;
@@ -140,7 +144,7 @@ std::string plan_error(const Problem& p, const int32_t* words, int64_t count) {
   const Header& h = view.header();
   if (h.magic != kMagic) return "not a plan of this version";
   if (h.tasks < 0 || h.merges < 0 || h.partial_rows < 0 || h.words > count ||
-      h.words != kHeaderWords + int64_t{h.tasks} * kTaskWords + int64_t{h.merges} * kMergeWords)
+      h.words < kHeaderWords + int64_t{h.tasks} * kTaskWords + int64_t{h.merges} * kMergeWords)
     return "its length does not fit its header";
   if (h.B != p.B || h.T != p.cu_q[p.B] || h.H != p.H || h.J != p.J)
     return "made for B=" + std::to_string(h.B) + " T=" + std::to_string(h.T) +

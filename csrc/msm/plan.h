@@ -6,9 +6,13 @@
 // of keys, for every kv head. Where tasks are fewer than workers, or one is longer than its share,
 // the keys are split and the parts merged by their log-sum-exp.
 //
-//   header [16]       magic, words, B, T, H, J, tasks, merges, partial_rows, units, split, window
-//   tasks [tasks][8]  request, tile, row0, rows, kv_begin, kv_end, partial, cost; longest first
+//   header [16]       magic, words, B, T, H, J, tasks, merges, partial_rows, units, split, window,
+//                     big
+//   tasks [tasks][8]  request, tile, row0, rows, kv_begin, kv_end, partial, cost; first those of
+//                     tiles of 64 and 128 rows (`big` of them), then the others; longest first
 //   merges [..][5]    request, row0, rows, partial, parts
+//   padding           up to partial_rows words: the length of a plan bounds its partial rows, for
+//                     who cannot read it (a plan in device memory)
 //
 // `partial` is the first of the task's rows in the buffers of partial results, -1: it writes the
 // result. Part p of a merge has its rows at partial + p * rows.
@@ -24,10 +28,12 @@ enum class Mask : int32_t { kFull, kCausal, kWindow, kTree };
 
 constexpr int32_t kMagic = 0x6D736D31;
 constexpr int kHeaderWords = 16, kTaskWords = 8, kMergeWords = 5;
+constexpr int kBigTile = 64;         // rows from which a tile's tasks stand first
 constexpr int64_t kSplitUnit = 256;  // a split length is a multiple of this many keys
 
 struct Header {
-  int32_t magic, words, B, T, H, J, tasks, merges, partial_rows, units, split, window, unused[4];
+  int32_t magic, words, B, T, H, J, tasks, merges, partial_rows, units, split, window, big,
+      unused[3];
 };
 struct Task {
   int32_t request, tile, row0, rows, kv_begin, kv_end, partial, cost;
@@ -43,9 +49,9 @@ static_assert(sizeof(Header) == 4 * kHeaderWords && sizeof(Task) == 4 * kTaskWor
 struct PlanView {
   const int32_t* words;
 
-  const Header& header() const { return *reinterpret_cast<const Header*>(words); }
-  const Task* tasks() const { return reinterpret_cast<const Task*>(words + kHeaderWords); }
-  const Merge* merges() const {
+  TSL_HD const Header& header() const { return *reinterpret_cast<const Header*>(words); }
+  TSL_HD const Task* tasks() const { return reinterpret_cast<const Task*>(words + kHeaderWords); }
+  TSL_HD const Merge* merges() const {
     return reinterpret_cast<const Merge*>(words + kHeaderWords + header().tasks * kTaskWords);
   }
 };

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
+from tessella.integrations.decode_graph import DecodeGraphs, GraphStep
 from tessella.integrations.draft import Tree, draft
 from tessella.integrations.latent import LatentLayer
 from tessella.integrations.paged import (
@@ -136,6 +137,10 @@ class Runner:
             page_size=page_size,
             sequences=sequences,
         )
+        self.graphs = None
+        if DecodeGraphs.serves(model, self.cache):
+            heads = config.num_attention_heads
+            self.graphs = DecodeGraphs(model, self.cache, heads, self._logits)
         self.stats = Stats()
         self._waiting: list[Request] = []
         self._running: list[Request] = []
@@ -175,7 +180,12 @@ class Runner:
         decoding = {r.request.handle for r in rows}
         rows += self._prefilling(self.budget - sum(len(r.ids) for r in rows), decoding)
         rows, step = self._room(rows)
-        logits = self._forward(rows, step)
+        if self.graphs is not None and all(r.tree is not None and len(r.ids) == 1 for r in rows):
+            handles = [r.request.handle for r in rows]
+            tokens = self.graphs.run([r.ids[0] for r in rows], handles, step.slots)
+            logits = list(tokens.split(1))
+        else:
+            logits = self._forward(rows, step)
         self._count(rows)
         for i, row in enumerate(rows):
             self._take(i, row, step, logits)
@@ -217,18 +227,26 @@ class Runner:
         device = self.model.device
         ids = torch.tensor([[i for r in rows for i in r.ids]], device=device)
         positions = torch.tensor([[p for r in rows for p in r.positions]], device=device)
-        hidden = self.model.base_model(
-            input_ids=ids,
-            position_ids=positions,
-            past_key_values=_StepCache(step, self.cache.shape),
-            use_cache=True,
-        ).last_hidden_state[0]
+        hidden = self._hidden(ids, positions, step)
         wanted, ends = [], [len(r.ids) for r in rows]
         for row, start in zip(rows, [sum(ends[:i]) for i in range(len(ends))]):
             first = 0 if row.tree is not None else len(row.ids) - 1
             wanted.append(range(start + first, start + len(row.ids)))
         logits = self.model.get_output_embeddings()(hidden[[i for span in wanted for i in span]])
         return list(logits.split([len(span) for span in wanted]))
+
+    def _hidden(self, ids: Tensor, positions: Tensor, step: Step | GraphStep) -> Tensor:
+        """Last hidden states [T, hidden] of tokens [1, T]."""
+        return self.model.base_model(
+            input_ids=ids,
+            position_ids=positions,
+            past_key_values=_StepCache(step, self.cache.shape),
+            use_cache=True,
+        ).last_hidden_state[0]
+
+    def _logits(self, ids: Tensor, positions: Tensor, step: GraphStep) -> Tensor:
+        """Logits [T, V] of tokens [1, T]."""
+        return self.model.get_output_embeddings()(self._hidden(ids, positions, step))
 
     def _take(self, index: int, row: _Row, step: Step, logits: list[Tensor]) -> None:
         """Append what the model predicted, forget rejected drafts, and end what is done."""

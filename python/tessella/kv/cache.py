@@ -132,6 +132,10 @@ class PagedKVCache:
         store = self.young or self.main
         return self._add(_Entry(store, store.table.open(tokens), self._take_row()))
 
+    def inner(self, handle: int) -> int:
+        """A sequence's handle in the block table of its store."""
+        return self._entry(handle).handle
+
     def length(self, handle: int) -> int:
         """Tokens of a sequence."""
         entry = self._entry(handle)

@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from tessella.kv.cache import PagedKVCache
     from tessella.kv.store import Store
 
+BLOCKS_OF_TWO_SMS = 3
+"""Workers of two multiprocessors of a GPU that plans are made for; each has two parts about, and a
+multiprocessor takes two to four blocks at a time (measured on an H200: csrc/kv4/README.md)."""
+
 
 EXPAND_TOKENS = 64
 """From so many new tokens of every sequence on, keys and values are made from latents: attention
@@ -80,6 +84,12 @@ class Step:
     def tokens(self) -> int:
         """New tokens of all sequences."""
         return self.starts[-1]
+
+    @property
+    def slots(self) -> Tensor:
+        """Of all new tokens, where every sequence lives in one store."""
+        (group,) = self._groups
+        return group.slots
 
     def attend(
         self,
@@ -306,7 +316,7 @@ class Step:
             if window:
                 kinds = torch.full_like(batch.kv_len, MASKS["window"])
                 batch = replace(batch, mask=kinds)
-            plan = ops.msm_plan(batch, H, J, window=window)
+            plan = ops.msm_plan(batch, H, J, window=window, units=workers(q.device))
             group.plans[H, window] = self._on_device(batch), plan.to(q.device)
         batch, plan = group.plans[H, window]
         if isinstance(pages, MLACache):
@@ -351,6 +361,14 @@ class Step:
                 f"kv cache: q: expected [{self.tokens}, a multiple of {s.J}, {s.D}], "
                 f"got {tuple(q.shape)}"
             )
+
+
+def workers(device: torch.device) -> int:
+    """Blocks that work at a time on a GPU, for plans; 0 elsewhere: torch's threads."""
+    if device.type != "cuda":
+        return 0
+    sms = torch.cuda.get_device_properties(device).multi_processor_count
+    return BLOCKS_OF_TWO_SMS * sms // 2
 
 
 def tree_bits(tree_NN: Tensor, words: int = 0) -> Tensor:

@@ -30,8 +30,9 @@ def kv4_attn(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention over coded pages; :func:`msm_attn` with keys and values ``(q - z) * s``.
 
-    With few query rows the codes themselves are multiplied: queries are quantised to INT8 per row,
-    probabilities to INT8 per 64 keys, zeros are folded through sums. With many, blocks are decoded.
+    On CPU, with few query rows, the codes themselves are multiplied: queries are quantised to INT8
+    per row, probabilities to INT8 per 64 keys, zeros are folded through sums. With many, blocks are
+    decoded. On CUDA codes become fp16 numbers, and queries and probabilities are rounded to fp16.
     Neither rebuilds what `factors` changed: they are applied to queries, scores and totals.
 
     Args:

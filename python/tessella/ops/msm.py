@@ -65,7 +65,11 @@ def msm_attn(
         window: keys that a token of a "window" request sees, itself included.
         softcap: 0 for none.
         sinks: fp32 [H], a logit of each head that takes part in the sum only.
-        plan: from :func:`msm_plan` for this batch, H and J; None: made from max_kv_len.
+        plan: from :func:`msm_plan` for this batch, H and J; None: made from max_kv_len. On CUDA it
+            lies in the GPU's memory, as lengths and pages do, with any room behind it; nothing of
+            that is read on the host, so a captured call takes new contents of the same tensors,
+            and what would be refused on the CPU is undefined but for a plan of another batch,
+            which stops the kernel (with TESSELLA_DEBUG=1 a page outside the cache does too).
         lse: return (out, lse), lse fp32 [T, H] to base e: partial attentions can be merged.
         max_kv_len: upper bound of kv_len, 0 if unknown.
         out: [T, H, D] of q's dtype to write to instead of a new tensor.
