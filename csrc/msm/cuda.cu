@@ -135,6 +135,7 @@ static int run_plain(const Params& p, Part part, cudaStream_t stream) {
 // of equally long requests is taken for what it looks like.
 static bool has_big_tiles(const Params& p) {
   if (p.plan.words == nullptr) return p.uniform.tile >= kBigTile;
+  if (p.B == 0) return false;
   const int64_t G = p.H / p.J, small = kBigTile / 2;
   return p.T * G > small * p.B || (p.T % p.B != 0 && (p.T - p.B + 1) * G > small);
 }

@@ -281,6 +281,7 @@ __device__ void load_pages(const Args& a, const Shared<T>& s, const CUtensorMap*
       __syncwarp();
       if (lane < count) ptx::copy_box(to + lane * box_bytes, map, 0, 0, 0, group, full);
     }
+    __syncwarp();
     if (lane == 0) ptx::barrier_arrive(s.work_empty(tasks.stage));
   }
 }
