@@ -1,7 +1,7 @@
 // msm on Hopper: tiles of up to 128 packed rows against 16-bit pages, on wgmma.
 //
-// A thread block is three warpgroups. Two multiply, 64 rows each; the first feeds them: one warp
-// brings keys and values by the copy engine, a box for each page or part of one, and one takes
+// A thread block is three warpgroups. Two multiply, 64 rows each; the first feeds them: a warp
+// each brings keys and values by the copy engine, a box for each page or part of one, and one takes
 // tasks from a counter and gathers the queries. Shared memory holds every operand in atoms of 8
 // rows under the widest swizzle that divides a head: [rows/8][D/E][8][E], so that a box of any
 // number of rows is one piece and lies as its neighbours do.
@@ -27,19 +27,18 @@ struct Args : Batch {
 };
 
 constexpr int kTile = 128, kThreads = 384;
-// softcap tanh(y), of 2 log2(e) y.
+
+// softcap tanh(y), of 2 log2(e) y: tanh(y) = 1 - 2 / (1 + exp(2 y)).
 __device__ __forceinline__ float capped(float y, float softcap) {
-  return softcap *
-         (1.f - __fdividef(2.f, 1.f + ptx::exp2_fast(y)));  // tanh = 1 - 2 / (1 + exp(2 y))
+  return softcap * (1.f - __fdividef(2.f, 1.f + ptx::exp2_fast(y)));
 }
 
 template <DType kT, int kDim>
 struct Tile {
   static constexpr DType kType = kT;
   static constexpr int kD = kDim, kKeys = kDim > 128 ? 64 : 128;
-  static constexpr int kRow = kDim % 64 == 0   ? 128
-                              : kDim % 32 == 0 ? 64
-                                               : 32;  // bytes of an atom's
+  // bytes of an atom's rows
+  static constexpr int kRow = kDim % 64 == 0 ? 128 : kDim % 32 == 0 ? 64 : 32;
   static constexpr int kChunk = kRow / 2, kPieces = kRow / 16;
   static constexpr int kStages = kDim > 96 ? 2 : kDim > 64 ? 3 : 4;
   static constexpr int kQueries = kDim > 128 ? 1 : 2;
