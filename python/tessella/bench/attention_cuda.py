@@ -44,7 +44,7 @@ ROTATE_BYTES = 200 << 20
 
 def large(c: Case) -> bool:
     """Whether a case has tiles of 64 rows and more."""
-    return c["kind"] in ("prefill", "mixed-decode")
+    return c["q"] * c["H"] > 32 * c["J"]
 
 
 def units() -> int:
