@@ -63,6 +63,9 @@ inline std::vector<Family> families() {
 #define X(tile) "msm.sm80." #tile,
                    TSL_MSM_SM80(X)
 #undef X
+#define X(tile) "msm.sm90." #tile,
+                       TSL_MSM_SM90(X)
+#undef X
        }},
       {"w4ax_gemm",
        {

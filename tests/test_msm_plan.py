@@ -100,6 +100,18 @@ def test_order_is_longest_first_and_the_giant_is_shared():
 
 
 @needs_native
+def test_a_request_without_keys_is_one_task_however_many_workers():
+    batch = MsmBatch(
+        torch.zeros(2, 20, dtype=torch.int32),
+        torch.tensor([0, 50, 114], dtype=torch.int32),
+        torch.tensor([0, 300], dtype=torch.int32),
+        torch.tensor([MASKS["full"], MASKS["causal"]], dtype=torch.int32),
+    )
+    _, tasks, _ = parts(ops.msm_plan(batch, 8, 2, units=132).tolist())
+    assert sorted(tasks[tasks[:, 0] == 0][:, 2].tolist()) == [0, 128]
+
+
+@needs_native
 def test_a_fixed_split_makes_tasks_that_do_not_depend_on_neighbours():
     def tasks_of(q_len, kv_len, b):
         _, tasks, _ = parts(make(q_len, kv_len, [1] * len(q_len), units=7, split=512)["words"])

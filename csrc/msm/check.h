@@ -202,12 +202,13 @@ inline void choose_plan(const char* op, const BatchArgs& a, Batch& p, std::vecto
   p.partial_rows = p.plan.header().partial_rows;
 }
 
-// Room for partial results, empty where nothing is split.
+// Room for partial results, none where nothing is split, and for a counter.
 inline Tensor make_partials(const Tensor& q, Batch& p) {
   const int64_t rows = p.J * p.partial_rows;
-  Tensor t = torch::stable::new_empty(q, {rows * (p.D + 1)}, ScalarType::Float);
+  Tensor t = torch::stable::new_empty(q, {rows * (p.D + 1) + 1}, ScalarType::Float);
   p.partial = t.mutable_data_ptr<float>();
   p.partial_lse = p.partial + rows * p.D;
+  p.counter = reinterpret_cast<int32_t*>(p.partial_lse + rows);
   return t;
 }
 

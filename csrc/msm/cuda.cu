@@ -131,14 +131,38 @@ static int run_plain(const Params& p, Part part, cudaStream_t stream) {
 
 }  // namespace dev
 
+// Whether a batch has tiles of 64 rows or more, as far as that can be told without its lengths: one
+// of equally long requests is taken for what it looks like.
+static bool has_big_tiles(const Params& p) {
+  if (p.plan.words == nullptr) return p.uniform.tile >= kBigTile;
+  if (p.B == 0) return false;
+  const int64_t G = p.H / p.J, small = kBigTile / 2;
+  return p.T * G > small * p.B || (p.T % p.B != 0 && (p.T - p.B + 1) * G > small);
+}
+
 int run_cuda(const Params& p, void* stream) {
   if (!env().error.empty()) throw std::runtime_error(env().error);
   if (cuda::this_device().arch < 80)
     throw std::runtime_error("tessella::msm_attn: needs a GPU of compute capability 8.0 or later");
   auto* const s = static_cast<cudaStream_t>(stream);
   const bool pdl = env().programmatic && cuda::this_device().arch >= 90;
-  const int error = p.dtype == DType::kBF16 ? dev::run_plain<DType::kBF16>(p, Part::kAll, s)
-                                            : dev::run_plain<DType::kF16>(p, Part::kAll, s);
+  const std::string forced = env().force.empty() ? "" : forced_kernel("msm");
+  const bool must = forced == "msm.sm90.t128";
+  bool may = false;
+  if constexpr (kHasSm90) may = forced != "msm.sm80.plain" && sm90_takes(p);
+  if (must && !may)
+    throw std::runtime_error("TESSELLA_FORCE: '" + forced + "' cannot run this problem or GPU");
+  Part rest = Part::kAll;
+  int error = 0;
+  if constexpr (kHasSm90)
+    if (may && (must || has_big_tiles(p))) {
+      error = run_sm90(p, stream);
+      rest = Part::kSmall;
+    }
+  const bool done = rest == Part::kSmall && p.plan.words == nullptr && p.uniform.tile >= kBigTile;
+  if (error == 0 && !done)
+    error = p.dtype == DType::kBF16 ? dev::run_plain<DType::kBF16>(p, rest, s)
+                                    : dev::run_plain<DType::kF16>(p, rest, s);
   return error != 0 ? error : dev::launch_merge(p, pdl, s);
 }
 

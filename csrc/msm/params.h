@@ -41,6 +41,7 @@ struct Batch {
   float *partial, *partial_lse;  // [J][partial_rows][D] and [J][partial_rows]
   int64_t partial_rows;          // that there is room for
   // on CUDA only
+  int32_t* counter;  // one word of scratch
   int64_t plan_words;
   Uniform uniform;  // without a plan
   bool debug;       // stop at a page outside the cache
@@ -73,9 +74,9 @@ int gpu_sms();
 // Launches on a cudaStream_t; the result is a cudaError_t.
 int run_cuda(const Params& p, void* stream);
 
-// Hopper's bodies for tiles of 64 and 128 rows; whether they take this problem.
+// Hopper's body for tiles of 64 and 128 rows; whether it takes this problem.
 bool sm90_takes(const Params& p);
-int run_sm90(const Params& p, bool programmatic, void* stream);
+int run_sm90(const Params& p, void* stream);
 
 struct AppendParams {
   const void *k, *v;  // [T][J][D] of `dtype`, strides in elements

@@ -53,7 +53,7 @@ static std::vector<Tile> make_tiles(const Problem& p) {
 static int64_t part_keys(const Problem& p, const Tile& t, int64_t budget) {
   if (p.split > 0) return p.split;
   const int64_t keys = t.keys.end - t.keys.begin;
-  if (cost(t.tile, keys) <= budget) return std::max<int64_t>(keys, 1);
+  if (cost(t.tile, keys) <= budget || keys <= kSplitUnit) return std::max<int64_t>(keys, 1);
   const int64_t most = std::max(kSplitUnit, budget / t.tile / kSplitUnit * kSplitUnit);
   return round_up(ceil_div(keys, ceil_div(keys, most)), kSplitUnit);
 }

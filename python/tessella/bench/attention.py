@@ -69,6 +69,8 @@ def lengths(c: Case) -> tuple[list[int], list[int], list[str]]:
     B, ctx, q, kind = c["B"], c["ctx"], c["q"], c["kind"]
     if not kind.startswith("mixed"):
         return [q] * B, [ctx] * B, ["tree" if kind == "verify" else "causal"] * B
+    if kind == "mixed-decode":  # a chunk beside decodes of half its context
+        return [q] + [1] * (B - 1), [ctx] + [ctx // 2] * (B - 1), ["causal"] * B
     if kind == "mixed":
         kv = [ctx] + [ctx // 8 + (ctx * 7 // 8) * (i * 37 % 100) // 100 for i in range(1, B)]
     else:  # the longest prompt is the chunk's; long answers belong to prompts of any length

@@ -12,6 +12,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.bias import causal_lower_right
 
 from tessella import ops
 from tessella.bench import attention as shared
@@ -28,10 +29,22 @@ DECODE = [
 ]  # fmt: skip
 VERIFY = shared.case("verify", 64, 4096, 8)
 CPU = [*shared.DECODE, *shared.MORE_DECODE, *shared.VERIFY]
+PREFILL = [
+    shared.case("prefill", B, ctx, q)
+    for B, ctx, q in ((1, 8192, 8192), (4, 8192, 8192), (8, 2048, 2048), (1, 8192, 2048))
+]
+MIXED = shared.case("mixed-decode", 64, 8192, 2048)
+LARGE = [*PREFILL, MIXED, *(case | {"page": 16} for case in (PREFILL[0], MIXED))]
+"""Cases of 16-bit pages alone, bound by arithmetic."""
 PAGE_16 = [case | {"page": 16} for case in (TARGET, DECODE[1], DECODE[3], VERIFY)]
 CASES = [TARGET, *DECODE, VERIFY, *PAGE_16, *CPU]
 QUICK = [TARGET, VERIFY]
 ROTATE_BYTES = 200 << 20
+
+
+def large(c: Case) -> bool:
+    """Whether a case has tiles of 64 rows and more."""
+    return c["q"] * c["H"] > 32 * c["J"]
 
 
 def units() -> int:
@@ -69,6 +82,8 @@ def plan_call(c: Case, p: shared.Problem) -> float:
 
 def rivals(c: Case, p: shared.Problem) -> tuple[dict[str, Callable[[int], Tensor]], dict[str, str]]:
     """(calls, what is absent and why): SDPA by its backends, flashinfer where it is installed."""
+    if c["kind"] == "mixed-decode":
+        return _mixed_rivals(c, p)
     B, q, H, J, D, ctx = (c[k] for k in ("B", "q", "H", "J", "D", "ctx"))
     n = copies(4 * B * J * ctx * D)
     caches = [
@@ -76,12 +91,15 @@ def rivals(c: Case, p: shared.Problem) -> tuple[dict[str, Callable[[int], Tensor
         for _ in range(n)
     ]
     qs = p.q.view(B, q, H, D).transpose(1, 2).contiguous()
+    causal = c["kind"] == "prefill" and q == ctx
+    if c["kind"] == "prefill" and not causal:
+        return {"sdpa_flash": _chunk(c, qs[:1])}, {"sdpa_cudnn": "takes no cached prefix"}
 
     def sdpa(backend: SDPBackend) -> Callable[[int], Tensor]:
         def run(i: int) -> Tensor:
             with sdpa_kernel(backend):
                 return torch.nn.functional.scaled_dot_product_attention(
-                    qs, *caches[i % n], enable_gqa=True
+                    qs, *caches[i % n], is_causal=causal, enable_gqa=True
                 )
 
         return run
@@ -100,6 +118,34 @@ def rivals(c: Case, p: shared.Problem) -> tuple[dict[str, Callable[[int], Tensor
     return found, absent
 
 
+def _chunk(c: Case, qs: Tensor) -> Callable[[int], Tensor]:
+    """SDPA of q tokens at the end of ctx, which only its flash backend takes, heads repeated."""
+    shape, mask = (1, c["H"], c["ctx"], c["D"]), causal_lower_right(c["q"], c["ctx"])
+    k, v = (torch.randn(shape, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+
+    def run(_: int) -> Tensor:
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            return torch.nn.functional.scaled_dot_product_attention(qs, k, v, attn_mask=mask)
+
+    return run
+
+
+def _mixed_rivals(c: Case, p: shared.Problem) -> tuple[dict, dict[str, str]]:
+    """The chunk by SDPA's flash backend, then the decodes by cuDNN, which is faster at them."""
+    B, q, H, J, D, ctx = (c[k] for k in ("B", "q", "H", "J", "D", "ctx"))
+    chunk = _chunk(c, p.q[:q].view(1, q, H, D).transpose(1, 2).contiguous())
+    shape = (B - 1, J, ctx // 2, D)
+    k, v = (torch.randn(shape, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+    qs = p.q[q:].view(B - 1, 1, H, D).transpose(1, 2).contiguous()
+
+    def run(i: int) -> Tensor:
+        chunk(i)
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            return torch.nn.functional.scaled_dot_product_attention(qs, k, v, enable_gqa=True)
+
+    return {"sdpa_separate": run}, {"sdpa_cudnn": "takes no mixed batch"}
+
+
 def values(kv: list[str]) -> dict[str, list]:
     """Possible values of every key of the cases."""
-    return shared.values([*CASES, *QUICK], kv)
+    return shared.values([*CASES, *LARGE, *QUICK], kv)

@@ -20,7 +20,7 @@ def prepare(c: Case, selection: Selection) -> Prepared:
     caches = [KVPages(torch.randn(shape, dtype=torch.bfloat16, device="cuda")) for _ in range(n)]
     ours = Subject(
         name="bf16",
-        kernel="msm.sm80.plain",
+        kernel="msm.sm90.t128" if shared.large(c) else "msm.sm80.plain",
         case={"kv": "bf16"},
         call=lambda i: ops.msm_attn(p.q, caches[i % n], batch, plan=p.plan),
         nbytes=nbytes + 2 * p.q.numel() * 2,
@@ -37,8 +37,8 @@ def family(device: str) -> Family:
     return Family(
         "msm",
         device,
-        lambda quick: shared.QUICK if quick else shared.CASES,
+        lambda quick: shared.QUICK if quick else [*shared.CASES, *shared.LARGE],
         prepare,
         shared.values(["bf16"]),
-        ["bf16", "sdpa_cudnn", "sdpa_flash"],
+        ["bf16", "sdpa_cudnn", "sdpa_flash", "sdpa_separate"],
     )

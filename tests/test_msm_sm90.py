@@ -1,0 +1,110 @@
+"""The Hopper body of attention: tiles of 64 and 128 rows against the fp64 reference."""
+
+import pytest
+import torch
+
+from tessella import ops
+from tessella.formats_kv import KVPages
+from tessella.ref import msm as ref
+from tessella.testing.force import environment, force, gpu_kernels
+from test_msm_cuda import DIFF, DTYPES, assert_close, attend, gen, on_gpu, problem
+
+KERNEL = "msm.sm90.t128"
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(KERNEL not in gpu_kernels("msm"), reason="built without sm_90a"),
+]
+DIMS = (64, 80, 96, 128, 256)
+MIXED = ["causal", "full", "window", "tree", "tree", "causal", "full", "causal", "causal"]
+Q_LEN = [77, 33, 64, 50, 70, 1, 130, 0, 3]
+KV_LEN = [333, 500, 700, 50, 300, 129, 1, 10, 3]
+
+
+def check(H, J, D, Z, dtype=torch.bfloat16, mask=None, q_len=Q_LEN, kv_len=KV_LEN, **how):
+    """With plans that split much, little and at fixed lengths, and with none."""
+    q, pages, batch = problem(H, J, D, Z, dtype, mask, q_len, kv_len, seed=H + D + Z)
+    how = {"scale": D**-0.5, **how}
+    want = ref.msm_attn(q, pages, batch, **how)
+    window = how.get("window", 0)
+    with force(KERNEL):
+        for units, split in ((1, 0), (40, 0), (1, 256)):
+            plan = ops.msm_plan(batch, H, J, window=window, units=units, split=split)
+            assert_close(attend(q, pages, batch, plan, **how), want, DIFF[dtype])
+        assert_close(attend(q, pages, batch, **how), want, DIFF[dtype])
+
+
+@pytest.mark.parametrize("D", DIMS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_head_dim_and_mask(D, dtype):
+    check(6, 2, D, 48, dtype, MIXED, window=100)
+
+
+@pytest.mark.parametrize("G", [1, 2, 3, 5, 6, 7, 8, 16])
+def test_every_group(G):
+    """Tiles that begin and end within a token's heads."""
+    check(2 * G, 2, 128, 32, mask=["causal", "tree"], q_len=[150, 97], kv_len=[400, 300])
+
+
+@pytest.mark.parametrize("Z", [16, 32, 48, 64, 80, 128, 144, 256])
+def test_every_page_size(Z):
+    lengths = {"q_len": [100, 64, 64, 63], "kv_len": [900, 511, 257, 127]}
+    check(8, 2, 128, Z, mask=["causal", "window", "full", "causal"], window=130, **lengths)
+
+
+@pytest.mark.parametrize("window", [1, 17, 64, 128, 129, 1000])
+def test_every_window(window):
+    check(8, 2, 128, 64, mask=["window"], q_len=[200], kv_len=[1300], window=window)
+
+
+@pytest.mark.parametrize("how", [
+    {"softcap": 5.0}, {"scale": -0.1}, {"scale": 0.0}, {"scale": 4.0},
+    {"sinks": torch.linspace(-3, 3, 8)}, {"sinks": torch.full((8,), -torch.inf)},
+], ids=str)  # fmt: skip
+def test_scores(how):
+    check(8, 2, 128, 16, q_len=[64, 64], kv_len=[300, 64], **how)
+
+
+def test_requests_without_keys():
+    for sinks in (None, torch.zeros(8)):
+        lengths = {"q_len": [50, 64], "kv_len": [0, 300]}
+        check(8, 2, 128, 16, mask=["full", "causal"], sinks=sinks, **lengths)
+
+
+def test_many_requests_over_all_multiprocessors():
+    q_len, kv_len = [20 + i * 37 % 70 for i in range(60)], [90 + i * 101 % 600 for i in range(60)]
+    mask = [["full", "causal", "window"][i % 3] for i in range(60)]
+    check(8, 2, 128, 16, mask=mask, q_len=q_len, kv_len=kv_len, window=50)
+
+
+def test_runs_and_replays_give_the_same_bits():
+    q, pages, batch = problem(32, 8, 128, 64, torch.bfloat16, None, [500, 1, 300], [2000, 900, 300])
+    cache, b, gq = KVPages(pages.cuda()), on_gpu(batch), q.cuda()
+    plan = ops.msm_plan(batch, 32, 8, units=132).cuda()
+    with force(KERNEL):
+        want = ops.msm_attn(gq, cache, b, plan=plan).clone()
+        for _ in range(20):
+            assert torch.equal(ops.msm_attn(gq, cache, b, plan=plan), want)
+        graph, out = torch.cuda.CUDAGraph(), torch.empty_like(gq)
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph):
+            ops.msm_attn(gq, cache, b, plan=plan, out=out)
+        for _ in range(5):
+            out.fill_(torch.nan)
+            graph.replay()
+            assert torch.equal(out, want)
+
+
+def test_strided_queries():
+    q, pages, batch = problem(4, 2, 64, 16, torch.float16, None, [90], [200])
+    wide = torch.randn(len(q), 12, 64, generator=gen()).half().cuda()
+    wide[:, 4:8] = q.cuda()
+    cache, b = KVPages(pages.cuda()), on_gpu(batch)
+    with force(KERNEL):
+        got = ops.msm_attn(wide[:, 4:8], cache, b)
+        assert torch.equal(got, ops.msm_attn(q.cuda(), cache, b))
+
+
+def test_what_it_cannot_run_is_refused():
+    q, pages, batch = problem(4, 2, 48, 16, torch.float16, None, [90], [200])
+    with environment(FORCE=KERNEL), pytest.raises(RuntimeError, match="cannot run this problem"):
+        ops.msm_attn(q.cuda(), KVPages(pages.cuda()), on_gpu(batch))
