@@ -21,7 +21,7 @@ from tessella.cli.demo import MODEL
 from tessella.ops._register import SCHEMAS
 from tessella.quant.recipe import PRESETS
 
-COMMANDS = ("demo", "info", "quantize", "generate", "eval", "tune")
+COMMANDS = ("demo", "info", "quantize", "to-mla", "heal", "generate", "eval", "tune")
 
 
 @pytest.fixture(scope="module", autouse=True)
