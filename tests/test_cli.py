@@ -21,7 +21,18 @@ from tessella.cli.demo import MODEL
 from tessella.ops._register import SCHEMAS
 from tessella.quant.recipe import PRESETS
 
-COMMANDS = ("demo", "info", "quantize", "outliers", "generate", "eval", "tasks", "tune")
+COMMANDS = (
+    "demo",
+    "info",
+    "quantize",
+    "outliers",
+    "to-mla",
+    "heal",
+    "generate",
+    "eval",
+    "tasks",
+    "tune",
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
