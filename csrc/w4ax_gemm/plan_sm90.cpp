@@ -6,17 +6,27 @@ namespace tessella::w4ax_gemm {
 
 Sm90Plan plan_sm90_with(const GpuProblem& problem, const Sm90Cut& cut) {
   const Sm90Tile tile{cut.tokens, problem.scheme};
-  Sm90Plan p{cut.tokens, 0, cut.split, 0, 0, 0, 0};
+  Sm90Plan p{};
+  p.tokens = cut.tokens;
+  p.split = cut.split;
   const int64_t blocks = problem.Kp / 128;
   const bool totals_fit = problem.scheme != Scheme::kGroup || cut.tokens <= 128;
   if (cut.split > tile.most_split() || cut.split > blocks || !totals_fit ||
-      (cut.halves && (cut.split > 1 || !tile.halves())))
+      (cut.halves && (cut.split > 1 || !tile.halves())) ||
+      (cut.stream && (cut.split > 1 || cut.halves || !tile.large())))
     return p;
   const int64_t units = ceil_div(problem.N, tile.features()) * ceil_div(problem.M, cut.tokens);
   const int64_t at_once = int64_t{problem.sms} * tile.blocks_per_sm();
   p.whole = int(cut.halves ? units / at_once * at_once : units);
   p.tiles = int(2 * units) - p.whole;
   p.grid = cut.split > 1 ? p.tiles * cut.split : int(std::min<int64_t>(p.tiles, at_once));
+  if (cut.stream) {
+    // with one whole wave or more, the remainder and one wave are dealt out: parts of a tile stay
+    // large then, and few
+    p.stream = int(units < 2 * at_once ? units : units % at_once + at_once);
+    p.grid = int(std::min(at_once, p.stream * blocks));
+    if (units % at_once == 0 || p.stream * blocks > 1 << 30) return p;
+  }
   // Few blocks per SM get deeper rings: what counts is the bytes in flight.
   const int resident = std::min(tile.blocks_per_sm(), int(ceil_div(p.grid, problem.sms)));
   const int room = kSm90SmemPerSm / std::max(resident, 1) - kSm90SmemReserved;
@@ -106,6 +116,7 @@ std::string to_string(const GpuProblem& problem, const Sm90Plan& plan) {
          std::to_string(plan.tokens) + ", split " + std::to_string(plan.split) + ", " +
          std::to_string(plan.stages) + " stages, " + std::to_string(plan.grid) + " blocks for " +
          std::to_string(plan.tiles) + " tiles" +
+         (plan.stream > 0 ? ", " + std::to_string(plan.stream) + " of them by shares of K" : "") +
          (plan.whole < plan.tiles
               ? ", the last " + std::to_string(plan.tiles - plan.whole) + " of them halves"
               : "");
