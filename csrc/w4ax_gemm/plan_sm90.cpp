@@ -25,7 +25,7 @@ Sm90Plan plan_sm90_with(const GpuProblem& problem, const Sm90Cut& cut) {
     // large then, and few
     p.stream = int(units < 2 * at_once ? units : units % at_once + at_once);
     p.grid = int(std::min(at_once, p.stream * blocks));
-    if (units % at_once == 0 || p.stream * blocks > 1 << 30) return p;
+    if (p.stream * blocks > 1 << 30) return p;
   }
   // Few blocks per SM get deeper rings: what counts is the bytes in flight.
   const int resident = std::min(tile.blocks_per_sm(), int(ceil_div(p.grid, problem.sms)));
@@ -64,25 +64,31 @@ struct Cost {
   double store;  // its results
   double join;   // adding up the parts of K
   double half;   // `block` of half a tile
+  double meet;   // leaving a part of K in memory, and adding up what others left
 };
 static Cost cost_of(Scheme scheme, int tokens) {
   const bool group = scheme == Scheme::kGroup;
-  if (tokens == 64) return {group ? 0.42 : 0.25, 0.6, 1.5, 0};
-  if (tokens == 128) return {group ? 0.52 : 0.365, 1.25, 2.0, group ? 0.45 : 0.33};
-  return {0.66, 2.6, 0, 0.365};
+  if (tokens == 64) return {group ? 0.42 : 0.25, 0.6, 1.5, 0, 5.5};
+  if (tokens == 128) return {group ? 0.52 : 0.385, 1.25, 2.0, group ? 0.45 : 0.33, 5.0};
+  return {0.66, 2.6, 0, 0.365, 9.0};
 }
 
 // Estimated time of a plan with a large tile in us; only the order of such estimates matters.
 static double estimate(const GpuProblem& problem, const Sm90Plan& p) {
+  constexpr double kStreamDoubt = 1.05;  // what must be gained on paper
   constexpr double kLaunch = 2.4, kL2BytesPerUs = 7.8e6, kReadBytesPerUs = 4.3e6;
   const Sm90Tile tile{p.tokens, problem.scheme};
   const int64_t blocks = problem.Kp / 128, halves = p.tiles - p.whole;
   const Cost cost = cost_of(problem.scheme, p.tokens);
   const double each = double(ceil_div(blocks, p.split)) * cost.block + cost.store;
   const int64_t at_once = clusters_at_once(problem.sms, p.split, 1);
-  const double waves =
-      double(ceil_div(p.whole, at_once)) * (each + (p.split > 1 ? cost.join : 0)) +
-      double(ceil_div(halves, at_once)) * (double(blocks) * cost.half + cost.store / 2);
+  double waves = double(ceil_div(p.whole, at_once)) * (each + (p.split > 1 ? cost.join : 0)) +
+                 double(ceil_div(halves, at_once)) * (double(blocks) * cost.half + cost.store / 2);
+  if (p.stream > 0) {
+    const double blocks_each = double(p.tiles) * double(blocks) / p.grid;
+    waves = kStreamDoubt * (blocks_each * cost.block + cost.meet) +
+            double(ceil_div(p.tiles, at_once)) * cost.store;
+  }
   const double loads = double(blocks) / tile.chunk() *
                        (p.tiles * tile.weight_bytes() + (p.whole + halves / 2.) * tile.act_bytes());
   const double read = double(problem.N * problem.Kp / 2);
@@ -98,11 +104,13 @@ Sm90Plan plan_sm90(const GpuProblem& problem, int tokens) {
       if (tokens == 0 && t < problem.M) continue;
       return plan_sm90_with(problem, {t, split_of_small(problem, t)});
     }
-    for (const Sm90Cut& cut : {Sm90Cut{t}, {t, 1, true}, {t, 2}, {t, 4}, {t, 8}}) {
+    for (const Sm90Cut& cut :
+         {Sm90Cut{t}, {t, 1, true}, {t, 2}, {t, 4}, {t, 8}, {t, 1, false, true}}) {
       const Sm90Plan p = plan_sm90_with(problem, cut);
       // parts of K are there to fill one wave; more waves of them would only be joined more often
       if (p.stages == 0 || (cut.split > 1 && p.tiles > clusters_at_once(problem.sms, cut.split, 1)))
         continue;
+      if (p.stream > 0 && tokens > 0) continue;  // that is a kernel of its own
       const double us = estimate(problem, p);
       if (best.stages == 0 || us < least) best = p, least = us;
     }
