@@ -76,8 +76,9 @@ static py::dict plan_w4ax_gemm_sm90(int64_t M, int64_t N, int64_t K, const std::
                    : scheme == "g128"  ? Scheme::kGroup
                                        : Scheme::kTwoLevel;
   const w4ax_gemm::GpuProblem problem{M, N, round_up(K, 128), s, sms};
-  const w4ax_gemm::Sm90Plan plan = stream ? w4ax_gemm::plan_sm90_with(problem, {tokens, 1, false, true})
-                                           : w4ax_gemm::plan_sm90(problem, tokens);
+  const w4ax_gemm::Sm90Plan plan =
+      stream ? w4ax_gemm::plan_sm90_with(problem, {tokens, 1, false, true})
+             : w4ax_gemm::plan_sm90(problem, tokens);
   py::dict d;
   d["kernel"] =
       std::string("w4ax_gemm.sm90.") + (plan.stream > 0 ? "s" : "t") + std::to_string(plan.tokens);
@@ -188,7 +189,8 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("plan_w4ax_gemm_sm90", &plan_w4ax_gemm_sm90, py::arg("M"), py::arg("N"), py::arg("K"),
         py::arg("scheme") = "twolevel", py::arg("sms") = 132, py::arg("tokens") = 0,
         py::arg("stream") = false,
-        "The plan for one problem on Hopper; with `tokens`, of that token tile; with `stream` too, the "
+        "The plan for one problem on Hopper; with `tokens`, of that token tile; with `stream` too, "
+        "the "
         "one that deals out K in equal shares.");
   m.def(
       "advise_huge_pages",

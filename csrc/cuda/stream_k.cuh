@@ -17,9 +17,9 @@
 namespace tessella {
 
 struct StreamK {
-  int tiles, blocks;    // how many tiles, and the blocks of K of each
-  int grid;             // thread blocks
-  int share, longer;    // blocks of a thread block; the first `longer` ranks have one more
+  int tiles, blocks;  // how many tiles, and the blocks of K of each
+  int grid;           // thread blocks
+  int share, longer;  // blocks of a thread block; the first `longer` ranks have one more
   uint64_t nonce;
   uint64_t* flags;  // [grid]
   uint4* slots;     // [grid][sums of a thread block]
@@ -49,7 +49,8 @@ struct StreamK {
   __device__ void signal(int rank, int barrier) const {
     asm volatile("bar.sync %0, %1;" ::"r"(barrier), "n"(kThreads + 32) : "memory");
     if (threadIdx.x % 32 == 0)
-      asm volatile("st.release.gpu.global.b64 [%0], %1;" ::"l"(flags + rank), "l"(nonce) : "memory");
+      asm volatile("st.release.gpu.global.b64 [%0], %1;" ::"l"(flags + rank), "l"(nonce)
+                   : "memory");
   }
 
   // By the first kThreads threads of a block, with the sums of the start of a tile: adds the rest.
@@ -60,7 +61,10 @@ struct StreamK {
     if (other <= last) {
       uint64_t flag;
       do {
-        asm volatile("ld.acquire.gpu.global.b64 %0, [%1];" : "=l"(flag) : "l"(flags + other) : "memory");
+        asm volatile("ld.acquire.gpu.global.b64 %0, [%1];"
+                     : "=l"(flag)
+                     : "l"(flags + other)
+                     : "memory");
       } while (flag != nonce);
       flags[other] = 0;
     }

@@ -68,9 +68,9 @@ struct Cost {
 };
 static Cost cost_of(Scheme scheme, int tokens) {
   const bool group = scheme == Scheme::kGroup;
-  if (tokens == 64) return {group ? 0.42 : 0.25, 0.6, 1.5, 0, 5.5};
-  if (tokens == 128) return {group ? 0.52 : 0.385, 1.25, 2.0, group ? 0.45 : 0.33, 5.0};
-  return {0.66, 2.6, 0, 0.365, 9.0};
+  if (tokens == 64) return {group ? 0.42 : 0.25, 0.6, 1.5, 0, 6.5};
+  if (tokens == 128) return {group ? 0.52 : 0.365, 1.25, 2.0, group ? 0.45 : 0.33, 5.0};
+  return {0.66, 2.6, 0, 0.365, 12.0};
 }
 
 // Estimated time of a plan with a large tile in us; only the order of such estimates matters.

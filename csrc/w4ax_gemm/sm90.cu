@@ -69,8 +69,8 @@ static sm90::Args arguments(const Params& p, const Sm90Plan& plan, bool programm
     const int streamed = plan.stream * a.blocks;
     auto* slots = static_cast<uint8_t*>(scratch);
     auto* flags = reinterpret_cast<uint64_t*>(slots + int64_t{plan.grid} * tile.part_bytes());
-    a.stream = {plan.stream, a.blocks, plan.grid, streamed / plan.grid, streamed % plan.grid,
-                new_nonce(), flags, reinterpret_cast<uint4*>(slots)};
+    a.stream = {plan.stream,          a.blocks,    plan.grid, streamed / plan.grid,
+                streamed % plan.grid, new_nonce(), flags,     reinterpret_cast<uint4*>(slots)};
   }
   a.programmatic = programmatic;
   a.dtype = p.dtype;

@@ -146,9 +146,7 @@ struct Math {
       : a(args), at(place), s(shared), out(result) {}
 
   // This thread has read all it needs of a stage. One lane for its warp would be no faster.
-  __device__ void release(int stage) const {
-    ptx::barrier_arrive(s.empty + stage * 8);
-  }
+  __device__ void release(int stage) const { ptx::barrier_arrive(s.empty + stage * 8); }
   __device__ int before(int stage) const { return stage == 0 ? a.stages - 1 : stage - 1; }
 
   // This thread's 64 codes of block `i` of a stage, with what belongs to their groups.
@@ -536,7 +534,7 @@ __device__ void init_barriers(const Args& a, const Shared<T>& s) {
   const int lane = threadIdx.x % 32;
   if (lane < a.stages) {
     ptx::barrier_init(s.full + lane * 8, 2);
-        ptx::barrier_init(s.empty + lane * 8, T::kMath);
+    ptx::barrier_init(s.empty + lane * 8, T::kMath);
   }
   if (lane == 31) {
     ptx::barrier_init(s.token_full, 32);

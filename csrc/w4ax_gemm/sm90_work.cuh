@@ -1,8 +1,8 @@
 // Hopper bodies of w4ax_gemm: arguments, shared memory, and what a thread block works on.
 //
 // A block's items are parts of tiles: first its equal share of the K blocks of the `stream` leading
-// tiles, then whole tiles in turn. Parts of one tile meet in cuda/stream_k.cuh; parts of a cluster's
-// split meet in shared memory.
+// tiles, then whole tiles in turn. Parts of one tile meet in cuda/stream_k.cuh; parts of a
+// cluster's split meet in shared memory.
 #pragma once
 #include <type_traits>
 
@@ -106,8 +106,12 @@ struct Work {
       column = in / rows;
     }
     const int m0 = row * T::kTokens + (half ? past % 2 * (T::kTokens / 2) : 0);
-    return {m0,  column * T::kWarpgroups, a.blocks * at.part >> log2, a.blocks * (at.part + 1) >> log2,
-            tile, half};
+    return {m0,
+            column * T::kWarpgroups,
+            a.blocks * at.part >> log2,
+            a.blocks * (at.part + 1) >> log2,
+            tile,
+            half};
   }
 };
 
@@ -116,8 +120,8 @@ template <class T>
 struct Items {
   const Args& a;
   const Place& at;
-  int tile;                // the next whole one
-  int next = 0, end = 0;   // streamed blocks to come
+  int tile;               // the next whole one
+  int next = 0, end = 0;  // streamed blocks to come
 
   __device__ Items(const Args& args, const Place& place) : a(args), at(place), tile(at.cluster) {
     if constexpr (!T::kStream) return;
