@@ -81,8 +81,11 @@ inline std::vector<Family> families() {
 #define X(tokens) "w4ax_gemm.sm90.t" #tokens,
                        TSL_W4AX_GEMM_SM90(X)
 #undef X
+#define X(tokens) "w4ax_gemm.sm90.s" #tokens,
+                           TSL_W4AX_GEMM_SM90_S(X)
+#undef X
 #define X(tile) "w4ax_gemm.sm80." #tile,
-                           TSL_W4AX_GEMM_SM80(X)
+                               TSL_W4AX_GEMM_SM80(X)
 #undef X
        }},
   };

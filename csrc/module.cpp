@@ -72,17 +72,21 @@ static py::dict plan_w4ax_gemm(int64_t M, int64_t N, int64_t K, int threads,
 }
 
 static py::dict plan_w4ax_gemm_sm90(int64_t M, int64_t N, int64_t K, const std::string& scheme,
-                                    int sms, int tokens) {
+                                    int sms, int tokens, bool stream) {
   const Scheme s = scheme == "channel" ? Scheme::kChannel
                    : scheme == "g128"  ? Scheme::kGroup
                                        : Scheme::kTwoLevel;
   const w4ax_gemm::GpuProblem problem{M, N, round_up(K, 128), s, sms};
-  const w4ax_gemm::Sm90Plan plan = w4ax_gemm::plan_sm90(problem, tokens);
+  const w4ax_gemm::Sm90Plan plan =
+      stream ? w4ax_gemm::plan_sm90_with(problem, {tokens, 1, false, true})
+             : w4ax_gemm::plan_sm90(problem, tokens);
   py::dict d;
-  d["kernel"] = "w4ax_gemm.sm90.t" + std::to_string(plan.tokens);
+  d["kernel"] =
+      std::string("w4ax_gemm.sm90.") + (plan.stream > 0 ? "s" : "t") + std::to_string(plan.tokens);
   d["tokens"] = plan.tokens;
   d["features"] = w4ax_gemm::Sm90Tile{plan.tokens, s}.features();
   d["stages"] = plan.stages;
+  d["stream"] = plan.stream;
   d["split"] = plan.split;
   d["whole"] = plan.whole;
   d["tiles"] = plan.tiles;
@@ -197,7 +201,10 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         py::arg("threads") = 1, py::arg("isa") = "", "The plan for one problem on CPU.");
   m.def("plan_w4ax_gemm_sm90", &plan_w4ax_gemm_sm90, py::arg("M"), py::arg("N"), py::arg("K"),
         py::arg("scheme") = "twolevel", py::arg("sms") = 132, py::arg("tokens") = 0,
-        "The plan for one problem on Hopper; with `tokens`, of that token tile.");
+        py::arg("stream") = false,
+        "The plan for one problem on Hopper; with `tokens`, of that token tile; with `stream` too, "
+        "the "
+        "one that deals out K in equal shares.");
   m.def(
       "advise_huge_pages",
       [](uintptr_t data, size_t bytes) { advise_huge_pages(reinterpret_cast<void*>(data), bytes); },

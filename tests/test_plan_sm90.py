@@ -36,7 +36,35 @@ def test_plan_is_legal(M, N, K, scheme, sms, tokens):
         assert p["whole"] == units // sms * sms
     assert 2 <= p["stages"] <= 16 and p["smem"] <= SMEM
     assert p["split"] in (1, 2, 4, 8) and p["split"] <= -(-K // 128)
-    assert p["grid"] == p["tiles"] * p["split"] if p["split"] > 1 else 1 <= p["grid"] <= p["tiles"]
+    if p["split"] > 1:
+        assert p["grid"] == p["tiles"] * p["split"]
+    elif p["stream"] == 0:
+        assert 1 <= p["grid"] <= p["tiles"]
+
+
+@given(
+    M=st.integers(1, 9000),
+    N=st.integers(1, 60000),
+    K=st.integers(1, 65536),
+    tokens=st.sampled_from((64, 128, 256)),
+)
+@settings(max_examples=200, deadline=None)
+def test_shares_of_k(M, N, K, tokens):
+    """Every thread block has a share of the streamed tiles; the rest are whole waves."""
+    p = _native._C.plan_w4ax_gemm_sm90(M, N, K, tokens=tokens, stream=True)
+    units, blocks = -(-N // 128) * -(-M // tokens), -(-K // 128)
+    assert p["tiles"] == p["whole"] == units and p["split"] == 1
+    assert p["kernel"] == f"w4ax_gemm.sm90.s{tokens}"
+    assert 1 <= p["stream"] < 2 * 132 and 1 <= p["grid"] == min(132, p["stream"] * blocks)
+    assert (units - p["stream"]) % 132 == 0
+    assert 2 <= p["stages"] <= 16 and p["smem"] <= SMEM
+
+
+def test_shares_instead_of_a_wave_that_fills_little():
+    """80 tiles of 128 tokens, on 132 SMs."""
+    p = _native._C.plan_w4ax_gemm_sm90(128, 10240, 8192)
+    assert (p["kernel"], p["stream"], p["grid"]) == ("w4ax_gemm.sm90.s128", 80, 132)
+    assert "80 of them by shares of K" in p["text"]
 
 
 @given(M=st.integers(1, 256), N=st.integers(1, 20000), K=st.integers(1, 30000))

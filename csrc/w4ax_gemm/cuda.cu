@@ -18,13 +18,21 @@ namespace tessella::w4ax_gemm {
 
 using layout::W4Frag;
 
-// The token tile of a forced Hopper body, 0 for none.
-static int forced_tokens(const std::string& forced) {
+// A named Hopper body; 0 tokens for none.
+struct Named {
+  int tokens;
+  bool stream;
+};
+static Named hopper_body(const std::string& name) {
 #define X(kTokens) \
-  if (forced == "w4ax_gemm.sm90.t" #kTokens) return kTokens;
+  if (name == "w4ax_gemm.sm90.t" #kTokens) return {kTokens, false};
   TSL_W4AX_GEMM_SM90(X)
 #undef X
-  return 0;
+#define X(kTokens) \
+  if (name == "w4ax_gemm.sm90.s" #kTokens) return {kTokens, true};
+  TSL_W4AX_GEMM_SM90_S(X)
+#undef X
+  return {0, false};
 }
 
 // Whole INT8 tokens, and weight groups no smaller than the 128 channels of an integer sum.
@@ -44,9 +52,11 @@ static Sm90Plan choose(const GpuProblem& problem) {
       tuned({cuda::this_device().name, kFamily, kSchemes[int(problem.scheme)], problem.N,
              problem.Kp, tuned_tokens(problem.M)});
   if (choice == nullptr) return plan_sm90(problem);
-  const int tokens = forced_tokens(choice->kernel), split = choice->split;
-  const bool known = tokens > 0 && split >= 1 && (split & (split - 1)) == 0;
-  const Sm90Plan plan = known ? plan_sm90_with(problem, {tokens, split}) : Sm90Plan{};
+  const Named body = hopper_body(choice->kernel);
+  const int split = choice->split;
+  const bool known = body.tokens > 0 && split >= 1 && (split & (split - 1)) == 0;
+  const Sm90Cut cut{body.tokens, split, false, body.stream};
+  const Sm90Plan plan = known ? plan_sm90_with(problem, cut) : Sm90Plan{};
   if (plan.stages == 0)
     throw std::runtime_error(choice->source + ": '" + choice->kernel + "' with split " +
                              std::to_string(split) + " cannot run M=" + std::to_string(problem.M) +
@@ -56,20 +66,24 @@ static Sm90Plan choose(const GpuProblem& problem) {
   return plan;
 }
 
-int run_cuda(const Params& p, void* stream) {
+int run_cuda(const Params& p, const Scratch& scratch, void* stream) {
   if (!env().error.empty()) throw std::runtime_error(env().error);
   const std::string forced = env().force.empty() ? "" : forced_kernel("w4ax_gemm");
-  const int tokens = forced_tokens(forced);
+  const Named body = hopper_body(forced);
   const bool plain = forced == "w4ax_gemm.sm80.plain";
   if (!plain && hopper_takes(p)) {
     const GpuProblem problem{p.M, p.panel.N, p.panel.Kp, p.panel.scheme, cuda::this_device().sms};
-    const Sm90Plan plan = tokens > 0 ? plan_sm90(problem, tokens) : choose(problem);
+    const Sm90Plan plan = body.stream       ? plan_sm90_with(problem, {body.tokens, 1, false, true})
+                          : body.tokens > 0 ? plan_sm90(problem, body.tokens)
+                                            : choose(problem);
     if (plan.stages > 0) {
       if (env().log_plan) log_plan(to_string(problem, plan));
-      if constexpr (kHasSm90) return run_sm90(p, plan, env().programmatic, stream);
+      const int64_t bytes = plan.scratch_bytes(Sm90Tile{plan.tokens, problem.scheme});
+      void* const memory = bytes > 0 ? scratch(bytes) : nullptr;
+      if constexpr (kHasSm90) return run_sm90(p, plan, env().programmatic, memory, stream);
     }
   }
-  if (tokens > 0)
+  if (body.tokens > 0)
     throw std::runtime_error("TESSELLA_FORCE: '" + forced + "' cannot run this problem or GPU");
   if (cuda::this_device().arch < 80)
     throw std::runtime_error("tessella::w4ax_gemm: needs a GPU of compute capability 8.0 or later");

@@ -23,7 +23,12 @@ static void run([[maybe_unused]] const char* op, Params& p, const Tensor& like, 
   if (p.M == 0) return;
   p.out = out.mutable_data_ptr();
   if (out.is_cuda()) {
-    TSL_IF_CUDA(on_gpu(op, out, [&](void* stream) { return run_cuda(p, stream); });)
+    [[maybe_unused]] Tensor kept = out;
+    [[maybe_unused]] const Scratch scratch = [&](int64_t bytes) {
+      kept = torch::stable::new_empty(out, {bytes}, ScalarType::Byte);
+      return kept.mutable_data_ptr();
+    };
+    TSL_IF_CUDA(on_gpu(op, out, [&](void* stream) { return run_cuda(p, scratch, stream); });)
     return;
   }
   // scratch: INT4 codes as bytes, and code sums of groups smaller than a block

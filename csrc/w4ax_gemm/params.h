@@ -8,6 +8,8 @@
 // *codes* (QServe sums the raw activations instead, which loses accuracy with outliers). sa is per
 // token, or leaves the sum per precision class or per block.
 #pragma once
+#include <functional>
+
 #include "layout/act.h"
 #include "layout/w4.h"
 
@@ -42,9 +44,11 @@ void run_cpu(const Params& p, const Plan& plan);
 
 // CUDA: these run on the stream `stream` and return a cudaError_t as int; `sums` are per block.
 // They throw std::runtime_error when TESSELLA_FORCE names a kernel that cannot run this problem.
-int run_cuda(const Params& p, void* stream);
+// `scratch` gives device memory that lasts until the work is done.
+using Scratch = std::function<void*(int64_t bytes)>;
+int run_cuda(const Params& p, const Scratch& scratch, void* stream);
 struct Sm90Plan;
-int run_sm90(const Params& p, const Sm90Plan& plan, bool programmatic, void* stream);
+int run_sm90(const Params& p, const Sm90Plan& plan, bool programmatic, void* scratch, void* stream);
 
 // x4 [blocks][M][128] from codes4 [blocks][M][64]; sums [Kp/G][M] for groups smaller than a block.
 void widen_int4(const uint8_t* codes4, int64_t rows, int8_t* out);

@@ -6,17 +6,27 @@ namespace tessella::w4ax_gemm {
 
 Sm90Plan plan_sm90_with(const GpuProblem& problem, const Sm90Cut& cut) {
   const Sm90Tile tile{cut.tokens, problem.scheme};
-  Sm90Plan p{cut.tokens, 0, cut.split, 0, 0, 0, 0};
+  Sm90Plan p{};
+  p.tokens = cut.tokens;
+  p.split = cut.split;
   const int64_t blocks = problem.Kp / 128;
   const bool totals_fit = problem.scheme != Scheme::kGroup || cut.tokens <= 128;
   if (cut.split > tile.most_split() || cut.split > blocks || !totals_fit ||
-      (cut.halves && (cut.split > 1 || !tile.halves())))
+      (cut.halves && (cut.split > 1 || !tile.halves())) ||
+      (cut.stream && (cut.split > 1 || cut.halves || !tile.large())))
     return p;
   const int64_t units = ceil_div(problem.N, tile.features()) * ceil_div(problem.M, cut.tokens);
   const int64_t at_once = int64_t{problem.sms} * tile.blocks_per_sm();
   p.whole = int(cut.halves ? units / at_once * at_once : units);
   p.tiles = int(2 * units) - p.whole;
   p.grid = cut.split > 1 ? p.tiles * cut.split : int(std::min<int64_t>(p.tiles, at_once));
+  if (cut.stream) {
+    // with one whole wave or more, the remainder and one wave are dealt out: parts of a tile stay
+    // large then, and few
+    p.stream = int(units < 2 * at_once ? units : units % at_once + at_once);
+    p.grid = int(std::min(at_once, p.stream * blocks));
+    if (p.stream * blocks > 1 << 30) return p;
+  }
   // Few blocks per SM get deeper rings: what counts is the bytes in flight.
   const int resident = std::min(tile.blocks_per_sm(), int(ceil_div(p.grid, problem.sms)));
   const int room = kSm90SmemPerSm / std::max(resident, 1) - kSm90SmemReserved;
@@ -54,25 +64,31 @@ struct Cost {
   double store;  // its results
   double join;   // adding up the parts of K
   double half;   // `block` of half a tile
+  double meet;   // leaving a part of K in memory, and adding up what others left
 };
 static Cost cost_of(Scheme scheme, int tokens) {
   const bool group = scheme == Scheme::kGroup;
-  if (tokens == 64) return {group ? 0.42 : 0.25, 0.6, 1.5, 0};
-  if (tokens == 128) return {group ? 0.52 : 0.365, 1.25, 2.0, group ? 0.45 : 0.33};
-  return {0.66, 2.6, 0, 0.365};
+  if (tokens == 64) return {group ? 0.42 : 0.25, 0.6, 1.5, 0, 6.5};
+  if (tokens == 128) return {group ? 0.52 : 0.365, 1.25, 2.0, group ? 0.45 : 0.33, 5.0};
+  return {0.66, 2.6, 0, 0.365, 12.0};
 }
 
 // Estimated time of a plan with a large tile in us; only the order of such estimates matters.
 static double estimate(const GpuProblem& problem, const Sm90Plan& p) {
+  constexpr double kStreamDoubt = 1.05;  // what must be gained on paper
   constexpr double kLaunch = 2.4, kL2BytesPerUs = 7.8e6, kReadBytesPerUs = 4.3e6;
   const Sm90Tile tile{p.tokens, problem.scheme};
   const int64_t blocks = problem.Kp / 128, halves = p.tiles - p.whole;
   const Cost cost = cost_of(problem.scheme, p.tokens);
   const double each = double(ceil_div(blocks, p.split)) * cost.block + cost.store;
   const int64_t at_once = clusters_at_once(problem.sms, p.split, 1);
-  const double waves =
-      double(ceil_div(p.whole, at_once)) * (each + (p.split > 1 ? cost.join : 0)) +
-      double(ceil_div(halves, at_once)) * (double(blocks) * cost.half + cost.store / 2);
+  double waves = double(ceil_div(p.whole, at_once)) * (each + (p.split > 1 ? cost.join : 0)) +
+                 double(ceil_div(halves, at_once)) * (double(blocks) * cost.half + cost.store / 2);
+  if (p.stream > 0) {
+    const double blocks_each = double(p.tiles) * double(blocks) / p.grid;
+    waves = kStreamDoubt * (blocks_each * cost.block + cost.meet) +
+            double(ceil_div(p.tiles, at_once)) * cost.store;
+  }
   const double loads = double(blocks) / tile.chunk() *
                        (p.tiles * tile.weight_bytes() + (p.whole + halves / 2.) * tile.act_bytes());
   const double read = double(problem.N * problem.Kp / 2);
@@ -88,11 +104,13 @@ Sm90Plan plan_sm90(const GpuProblem& problem, int tokens) {
       if (tokens == 0 && t < problem.M) continue;
       return plan_sm90_with(problem, {t, split_of_small(problem, t)});
     }
-    for (const Sm90Cut& cut : {Sm90Cut{t}, {t, 1, true}, {t, 2}, {t, 4}, {t, 8}}) {
+    for (const Sm90Cut& cut :
+         {Sm90Cut{t}, {t, 1, true}, {t, 2}, {t, 4}, {t, 8}, {t, 1, false, true}}) {
       const Sm90Plan p = plan_sm90_with(problem, cut);
       // parts of K are there to fill one wave; more waves of them would only be joined more often
       if (p.stages == 0 || (cut.split > 1 && p.tiles > clusters_at_once(problem.sms, cut.split, 1)))
         continue;
+      if (p.stream > 0 && tokens > 0) continue;  // that is a kernel of its own
       const double us = estimate(problem, p);
       if (best.stages == 0 || us < least) best = p, least = us;
     }
@@ -106,6 +124,7 @@ std::string to_string(const GpuProblem& problem, const Sm90Plan& plan) {
          std::to_string(plan.tokens) + ", split " + std::to_string(plan.split) + ", " +
          std::to_string(plan.stages) + " stages, " + std::to_string(plan.grid) + " blocks for " +
          std::to_string(plan.tiles) + " tiles" +
+         (plan.stream > 0 ? ", " + std::to_string(plan.stream) + " of them by shares of K" : "") +
          (plan.whole < plan.tiles
               ? ", the last " + std::to_string(plan.tiles - plan.whole) + " of them halves"
               : "");

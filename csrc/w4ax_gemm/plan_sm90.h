@@ -23,8 +23,12 @@ struct Sm90Plan {
   int split;   // thread blocks of a cluster that split a tile's K: 1, 2, 4 or 8
   int tiles;   // of features x tokens
   int whole;   // of those, the ones before the last wave; the others have half of the tokens
+  int stream;  // leading tiles whose K is dealt out in equal shares (cuda/stream_k.cuh)
   int grid;    // thread blocks
   int smem;    // bytes of shared memory of a thread block
+
+  // Bytes of scratch memory: a part of a tile and its flag for each thread block.
+  int64_t scratch_bytes(const struct Sm90Tile& tile) const;
 };
 
 // What a tile is made of; the kernel and the planner both follow these.
@@ -54,6 +58,8 @@ struct Sm90Tile {
   constexpr int reduce_bytes(int split) const {
     return split == 1 ? 0 : split * (tokens / 8 / owners(split)) * math_threads() * 16;
   }
+  // Sums of a tile in a thread block's registers.
+  constexpr int part_bytes() const { return tokens * features() * 4; }
   // Results pass through buffers of up to 64 tokens x 64 features of 2 bytes.
   // A split needs room for the whole tile's sums where the activations were.
   constexpr int least_stages(int split) const {
@@ -76,6 +82,10 @@ struct Sm90Tile {
   }
 };
 
+inline int64_t Sm90Plan::scratch_bytes(const Sm90Tile& tile) const {
+  return stream == 0 ? 0 : int64_t{grid} * (tile.part_bytes() + 8);
+}
+
 constexpr int kSm90MostStages = 16;
 constexpr int kSm90SmemPerSm = 227 * 1024, kSm90SmemReserved = 1024;
 
@@ -83,6 +93,7 @@ constexpr int kSm90SmemPerSm = 227 * 1024, kSm90SmemReserved = 1024;
 struct Sm90Cut {
   int tokens, split = 1;
   bool halves = false;  // in the last wave
+  bool stream = false;  // deal out what does not fill whole waves
 };
 
 // The plan with this cut; 0 stages if there is none.

@@ -1,8 +1,8 @@
 // Launch of the Hopper bodies; compiled for sm_90a only.
 #include <cuda_runtime.h>
 
-#include <stdexcept>
-#include <string>
+#include <atomic>
+#include <random>
 
 #include "w4ax_gemm/sm90.cuh"
 
@@ -14,23 +14,39 @@ namespace tessella::w4ax_gemm {
 
 using Kernel = void(const CUtensorMap, const CUtensorMap, const CUtensorMap, const sm90::Args);
 
-template <int kTokens>
+template <int kTokens, bool kStream>
 static Kernel* kernel_of(Scheme scheme) {
-  if (scheme == Scheme::kChannel) return &sm90::gemm<sm90::Tile<Scheme::kChannel, kTokens>>;
-  if (scheme == Scheme::kTwoLevel) return &sm90::gemm<sm90::Tile<Scheme::kTwoLevel, kTokens>>;
-  if constexpr (kTokens <= 128) return &sm90::gemm<sm90::Tile<Scheme::kGroup, kTokens>>;
+  using sm90::Tile;
+  if (scheme == Scheme::kChannel) return &sm90::gemm<Tile<Scheme::kChannel, kTokens, kStream>>;
+  if (scheme == Scheme::kTwoLevel) return &sm90::gemm<Tile<Scheme::kTwoLevel, kTokens, kStream>>;
+  if constexpr (kTokens <= 128) return &sm90::gemm<Tile<Scheme::kGroup, kTokens, kStream>>;
   return nullptr;
 }
 
-static Kernel* kernel_of(Scheme scheme, int tokens) {
+static Kernel* kernel_of(Scheme scheme, const Sm90Plan& plan) {
 #define X(kTokens) \
-  if (tokens == kTokens) return kernel_of<kTokens>(scheme);
+  if (plan.tokens == kTokens && plan.stream == 0) return kernel_of<kTokens, false>(scheme);
   TSL_W4AX_GEMM_SM90_TILES(X)
+#undef X
+#define X(kTokens) \
+  if (plan.tokens == kTokens && plan.stream > 0) return kernel_of<kTokens, true>(scheme);
+  TSL_W4AX_GEMM_SM90_STREAMS(X)
 #undef X
   return nullptr;
 }
 
-static sm90::Args arguments(const Params& p, const Sm90Plan& plan, bool programmatic) {
+// A number that no memory holds by chance.
+static uint64_t new_nonce() {
+  static std::atomic<uint64_t> state{std::random_device{}() * 0x100000001ull ^
+                                     std::random_device{}()};
+  uint64_t x = state.fetch_add(0x9e3779b97f4a7c15u);  // splitmix64
+  x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9u;
+  x = (x ^ x >> 27) * 0x94d049bb133111ebu;
+  return x ^ x >> 31;
+}
+
+static sm90::Args arguments(const Params& p, const Sm90Plan& plan, bool programmatic,
+                            void* scratch) {
   const Sm90Tile tile{plan.tokens, p.panel.scheme};
   sm90::Args a{};
   a.w = p.w;
@@ -49,16 +65,24 @@ static sm90::Args arguments(const Params& p, const Sm90Plan& plan, bool programm
   a.whole = plan.whole;
   a.stages = plan.stages;
   a.split = plan.split;
+  if (plan.stream > 0) {
+    const int streamed = plan.stream * a.blocks;
+    auto* slots = static_cast<uint8_t*>(scratch);
+    auto* flags = reinterpret_cast<uint64_t*>(slots + int64_t{plan.grid} * tile.part_bytes());
+    a.stream = {plan.stream,          a.blocks,    plan.grid, streamed / plan.grid,
+                streamed % plan.grid, new_nonce(), flags,     reinterpret_cast<uint4*>(slots)};
+  }
   a.programmatic = programmatic;
   a.dtype = p.dtype;
   a.vector = p.panel.N % 8 == 0 && reinterpret_cast<uintptr_t>(p.out) % 16 == 0;
   return a;
 }
 
-int run_sm90(const Params& p, const Sm90Plan& plan, bool programmatic, void* stream) {
-  Kernel* kernel = kernel_of(p.panel.scheme, plan.tokens);
+int run_sm90(const Params& p, const Sm90Plan& plan, bool programmatic, void* scratch,
+             void* stream) {
+  Kernel* kernel = kernel_of(p.panel.scheme, plan);
   const Sm90Tile tile{plan.tokens, p.panel.scheme};
-  const sm90::Args args = arguments(p, plan, programmatic);
+  const sm90::Args args = arguments(p, plan, programmatic, scratch);
   // codes8 [K/128][M][128], a box of one load's codes of the tile's tokens; the result [M][N]
   CUtensorMap acts, half{}, out{};
   const int64_t sizes[] = {128, p.M, p.panel.blocks()};

@@ -14,125 +14,12 @@
 // The loader fetches weights before it waits for the previous grid, and nothing else touches memory
 // before that wait (programmatic dependent launch).
 #pragma once
-#include <type_traits>
-
-#include "core/hd.h"
-#include "cuda/async.cuh"
 #include "cuda/float.cuh"
 #include "cuda/w4_decode.cuh"
 #include "cuda/wgmma.cuh"
-#include "w4ax_gemm/plan_sm90.h"
+#include "w4ax_gemm/sm90_work.cuh"
 
 namespace tessella::w4ax_gemm::sm90 {
-
-struct Args {
-  const uint8_t* w;
-  const int32_t* sums;
-  const float* scales;
-  const void* bias;
-  void* out;
-  int64_t panel_bytes, M;
-  int N, blocks, panels;
-  int token_tiles, feature_tiles;
-  int tiles, whole;  // tiles past the first `whole` have half of the tokens
-  int stages, split;
-  DType dtype;
-  bool programmatic;  // the previous grid may still run
-  bool vector;        // rows of the result are whole, aligned 16-byte vectors
-};
-
-template <Scheme kS, int kT>
-struct Tile {
-  static constexpr Scheme kScheme = kS;
-  static constexpr int kTokens = kT;
-  static constexpr Sm90Tile kTile{kT, kS};
-  static constexpr int kWarpgroups = kTile.warpgroups(), kMath = kTile.math_threads();
-  static constexpr int kThreads = kTile.threads(), kBlocksPerSm = kTile.blocks_per_sm();
-  static constexpr int kBlockBytes = kTile.block_bytes(), kChunk = kTile.chunk();
-  // of a stage: kChunk blocks, [blocks][tokens][128] and [warpgroups][blocks][kBlockBytes]
-  static constexpr int kActBytes = kTile.act_bytes(), kWeightBytes = kTile.weight_bytes();
-  static constexpr int kColumns = kT / 8, kAcc = kT / 2;  // 8-token columns; accumulators a thread
-  static constexpr int kStaged = kTile.staged_tokens(), kStagingBytes = kStaged * 128;
-  static constexpr int kBuffers = kTile.staging_buffers();
-  static constexpr bool kGroup = kS == Scheme::kGroup;
-};
-
-// Floor of the logarithm of a small number.
-__device__ inline int log2_of(int x) { return 31 - __clz(x); }
-
-// Shared memory, by address; offsets follow Sm90Tile::smem_bytes.
-template <class T>
-struct Shared {
-  uint32_t acts, staging, weights, reduce, sums, scales, full, empty, token_full, token_empty,
-      reduced;
-
-  __device__ Shared(uint32_t base, const Args& a)
-      : acts(base),
-        staging(acts + a.stages * T::kActBytes),
-        weights(staging + T::kTile.staging_bytes()),
-        reduce(weights + a.stages * T::kWeightBytes),
-        sums(reduce + (a.split == 1 ? 0 : a.split * part_bytes(a))),
-        scales(sums + T::kTokens * 4),
-        full(scales + T::kTokens * 4),
-        empty(full + a.stages * 8),
-        token_full(empty + a.stages * 8),
-        token_empty(token_full + 8),
-        reduced(token_empty + 8) {}
-  // 8-token columns of an owner, as a power of two, and their bytes.
-  __device__ static int owned_log2(const Args& a) {
-    return a.split < T::kColumns ? log2_of(T::kColumns) - log2_of(a.split) : 0;
-  }
-  __device__ static int part_bytes(const Args& a) { return T::kMath * 16 << owned_log2(a); }
-};
-
-// This thread block's part of the work: its cluster's tiles, and its part of their K.
-struct Place {
-  int cluster, clusters, part;
-
-  __device__ explicit Place(const Args& a) {
-    const int log2 = log2_of(a.split);
-    cluster = int(blockIdx.x) >> log2;
-    clusters = int(gridDim.x) >> log2;
-    part = int(blockIdx.x) & (a.split - 1);
-  }
-};
-
-struct Work {
-  int m0, panel, b0, b1;  // first token, first panel, blocks of 128 channels
-  bool half;              // of a token tile
-
-  // Groups of 8 token tiles go over all features before the next group: what is read at about the
-  // same time stays small enough for L2.
-  template <class T>
-  __device__ static Work of(const Args& a, const Place& at, int tile) {
-    const int log2 = log2_of(a.split), past = tile - a.whole;
-    const bool half = T::kTile.halves() && past >= 0;
-    const int unit = half ? a.whole + past / 2 : tile;
-    int row = 0, column = unit;
-    if (a.token_tiles > 1) {
-      const int per_group = 8 * a.feature_tiles, first = unit / per_group * 8;
-      const int rows = min(8, a.token_tiles - first), in = unit % per_group;
-      row = first + in % rows;
-      column = in / rows;
-    }
-    const int m0 = row * T::kTokens + (half ? past % 2 * (T::kTokens / 2) : 0);
-    return {m0, column * T::kWarpgroups, a.blocks * at.part >> log2,
-            a.blocks * (at.part + 1) >> log2, half};
-  }
-};
-
-// A position in the ring; parity flips on every round.
-struct Ring {
-  int stage = 0;
-  uint32_t parity = 0;
-
-  __device__ void next(int stages) {
-    if (++stage == stages) {
-      stage = 0;
-      parity ^= 1;
-    }
-  }
-};
 
 // --- loaders
 
@@ -163,7 +50,7 @@ struct Loader {
   // What can be fetched before the block is set up and the previous grid is done: weights for the
   // whole ring. If it is done, all of the first stage, not to queue activations behind weights.
   __device__ int start() const {
-    const Work w = Work::of<T>(a, at, at.cluster);
+    const Work w = Items<T>(a, at).take();
     if (!a.programmatic) {
       weights(w, w.b0, 0);
       acts(w, w.b0, 0);
@@ -179,7 +66,7 @@ struct Loader {
     ptx::wait_for_previous_grid();
     if (a.programmatic && kActs) {
       if (kWeights) {
-        const Work w = Work::of<T>(a, at, at.cluster);
+        const Work w = Items<T>(a, at).take();
 #pragma unroll 1
         for (int i = 0; i < early; ++i) acts(w, w.b0 + i * T::kChunk, i);
       } else {
@@ -190,8 +77,8 @@ struct Loader {
 #pragma unroll 1
     for (int i = 0; i < early; ++i) ring.next(a.stages);
 #pragma unroll 1
-    for (int tile = at.cluster; tile < a.tiles; tile += at.clusters) {
-      const Work w = Work::of<T>(a, at, tile);
+    for (Items<T> items(a, at); items.more();) {
+      const Work w = items.take();
 #pragma unroll 1
       for (int b = w.b0 + early * T::kChunk; b < w.b1; b += T::kChunk, ring.next(a.stages)) {
         ptx::barrier_wait(s.empty + ring.stage * 8, ring.parity ^ 1);
@@ -213,8 +100,8 @@ __device__ void token_warp(const Args& a, const Place& at, const Shared<T>& s) {
   ptx::allow_next_grid();
   uint32_t parity = 1;
 #pragma unroll 1
-  for (int tile = at.cluster; tile < a.tiles; tile += at.clusters, parity ^= 1) {
-    const Work w = Work::of<T>(a, at, tile);
+  for (Items<T> items(a, at); items.more(); parity ^= 1) {
+    const Work w = items.take();
     int32_t sum[kEach] = {};
     float scale[kEach] = {};
 #pragma unroll
@@ -258,11 +145,8 @@ struct Math {
                   const CUtensorMap* result)
       : a(args), at(place), s(shared), out(result) {}
 
-  // This warp has read all it needs of a stage.
-  __device__ void release(int stage) const {
-    __syncwarp();
-    if (lane == 0) ptx::barrier_arrive(s.empty + stage * 8);
-  }
+  // This thread has read all it needs of a stage. One lane for its warp would be no faster.
+  __device__ void release(int stage) const { ptx::barrier_arrive(s.empty + stage * 8); }
   __device__ int before(int stage) const { return stage == 0 ? a.stages - 1 : stage - 1; }
 
   // This thread's 64 codes of block `i` of a stage, with what belongs to their groups.
@@ -597,6 +481,15 @@ struct Math {
     token_parity ^= 1;
     if constexpr (T::kTile.most_split() > 1 && kTokens == T::kTokens)
       if (a.split > 1) return finish_parts(w, f, total);
+    if constexpr (T::kStream) {
+      if (w.b1 - w.b0 < a.blocks) fold_zeros(f, total);
+      if (w.b0 > 0) {
+        a.stream.template leave<T::kMath>(total, at.cluster, 4);
+        if (lane == 0) ptx::barrier_arrive(s.token_empty);
+        return;
+      }
+      if (w.b1 < a.blocks) a.stream.template add_rest<T::kMath>(total, w.tile, at.cluster, 3);
+    }
     constexpr int kColumnsEach = T::kStaged / 8;
 #pragma unroll
     for (int pass = 0; pass < kTokens / T::kStaged; ++pass) {
@@ -622,9 +515,9 @@ struct Math {
 
   __device__ void run() {
 #pragma unroll 1
-    for (int t = at.cluster; t < a.tiles; t += at.clusters) {
-      const Work w = Work::of<T>(a, at, t);
-      if constexpr (T::kTile.halves())
+    for (Items<T> items(a, at); items.more();) {
+      const Work w = items.take();
+      if constexpr (T::kTile.halves() && !T::kStream)
         if (w.half) {
           tile<T::kTokens / 2>(w);
           continue;
@@ -641,7 +534,7 @@ __device__ void init_barriers(const Args& a, const Shared<T>& s) {
   const int lane = threadIdx.x % 32;
   if (lane < a.stages) {
     ptx::barrier_init(s.full + lane * 8, 2);
-    ptx::barrier_init(s.empty + lane * 8, T::kMath / 32);
+    ptx::barrier_init(s.empty + lane * 8, T::kMath);
   }
   if (lane == 31) {
     ptx::barrier_init(s.token_full, 32);
@@ -662,7 +555,7 @@ __global__ __launch_bounds__(T::kThreads,
                                                         const __grid_constant__ Args a) {
   extern __shared__ __align__(1024) uint8_t shared_memory[];
   const Shared<T> s(ptx::shared_address(shared_memory), a);
-  const Place at(a);
+  const Place at = Place::of<T>(a);
   constexpr int kMathWarps = T::kMath / 32;
   constexpr bool kLarge = T::kTile.large();
   const int warp = threadIdx.x / 32;
@@ -686,6 +579,9 @@ __global__ __launch_bounds__(T::kThreads,
       if (warp == kMathWarps + 2 && first_lane)
         Loader<T, false, true>{a, at, s, &map, &half}.run(early);
     if (warp == kMathWarps + 1) token_warp(a, at, s);
+    if constexpr (T::kStream)
+      if (warp == kMathWarps + 3 && Items<T>(a, at).take().b0 > 0)
+        a.stream.template signal<T::kMath>(at.cluster, 4);
     if (a.split > 1) {
       ptx::cluster_wait();
       ptx::cluster_arrive();

@@ -14,7 +14,8 @@ FAMILIES = {"act_quant", "w4ax_gemm", "msm", "kv4", "mla"}
 PRIMITIVES = {"core", "layout", "cpu", "cuda"}
 ROLES = re.compile(
     r"op\.cpp|params\.h|check\.h|plan\.(h|cpp)|kernels\.h|pack\.(h|cpp)"
-    r"|cpu\.(cpp|inl)|cuda\.cu|tasks\.cuh|sm\d+[a-z]?\.(cu|cuh)|plan_sm\d+\.(h|cpp)|README\.md"
+    r"|cpu\.(cpp|inl)|cuda\.cu|tasks\.cuh|sm\d+[a-z]?(_\w+)?\.(cu|cuh)|plan_sm\d+\.(h|cpp)"
+    r"|README\.md"
 )
 TOP = {"module.cpp", "ops_module.c", "families.h"}
 """The entry points of the two Python modules, _C and _ops, and the list of every kernel."""
