@@ -245,6 +245,18 @@ def test_graph_replays_are_identical(rng):
         assert torch.equal(y, want)
 
 
+@pytest.mark.parametrize("scheme", FAST)
+def test_linear_is_quantise_then_multiply(scheme, rng):
+    """w4ax_linear gives the bits of the two ops, with its codes in one buffer of the call."""
+    for M, N, K in ((1, 64, 128), (3, 70, 300), (63, 130, 512), (300, 256, 1024)):
+        x = torch.randn(M, K, generator=rng).bfloat16().cuda()
+        packed = ops.w4_pack(to_gpu(random_weight(scheme, N, K, rng)))
+        for k8, granularity in ((-1, "token"), (128, "class")):
+            a = ops.act_quant(x, k8=k8, granularity=granularity)
+            got = ops.w4ax_linear(x, packed, k8=k8, granularity=granularity)
+            assert torch.equal(got, ops.w4ax_gemm(a, packed)), f"{scheme} M{M} N{N} K{K}"
+
+
 def test_bad_input(rng):
     a, w = to_gpu(quantised(4, 256, rng)), random_weight("g128", 64, 256, rng)
     packed = ops.w4_pack(to_gpu(w))
