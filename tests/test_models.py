@@ -293,12 +293,12 @@ def test_bad_quantization_configs_name_the_file(change, message):
 
 
 def test_architectures():
-    assert list(ARCHITECTURES) == [
+    assert list(ARCHITECTURES)[:4] == [
         "LlamaForCausalLM",
         "MistralForCausalLM",
         "Qwen2ForCausalLM",
         "Qwen3ForCausalLM",
-    ]
+    ]  # integrations add theirs
     qwen2 = architecture({"architectures": ["Qwen2ForCausalLM"]}, "f").layer_tensors({})
     assert "self_attn.q_proj.bias" in qwen2 and "self_attn.o_proj.bias" not in qwen2
     qwen3 = architecture({"architectures": ["Qwen3ForCausalLM"]}, "f").layer_tensors({})

@@ -91,13 +91,24 @@ def kernels_run(model: nn.Module, tokenizer, prompt: str, new_tokens: int) -> di
     return dict(Counter(_kernel(e, threads) for e in ours))
 
 
+def _product(op: str, event: Any) -> tuple[int, int, int]:
+    """M, N and K of a profiled product."""
+    if op == "w4ax_linear":
+        (M, K), *_ = event.input_shapes
+        return M, event.concrete_inputs[3], K
+    codes8, codes4, *_ = event.input_shapes
+    return codes8[1], event.concrete_inputs[6], (codes8[0] + codes4[0]) * 128
+
+
 def _kernel(event: Any, threads: int) -> str:
     """Name of the compiled kernel behind a profiler event of an op on CPU."""
     from tessella import _native
 
     op = event.name.removeprefix("tessella::").removesuffix("_out")
     family = "act_quant" if op.endswith("_quant") else op  # its fused producers are in its family
-    if (caches := op.partition("_")[0]) in ("msm", "kv4"):
+    if op == "w4ax_linear":
+        family = "w4ax_gemm"  # named by its product
+    if (caches := op.partition("_")[0]) in ("msm", "kv4", "mla"):
         family = caches
     if not _native.HAS_OPS or _native._C is None:
         return f"{family}: {REFERENCE}"
@@ -105,10 +116,7 @@ def _kernel(event: Any, threads: int) -> str:
         if name.startswith(family + "."):
             return name
     if family == "w4ax_gemm":
-        codes8, codes4, *_ = event.input_shapes
-        N = event.concrete_inputs[6]
-        K = (codes8[0] + codes4[0]) * 128
-        return _native._C.plan_w4ax_gemm(codes8[1], N, K, threads)["kernel"]
+        return _native._C.plan_w4ax_gemm(*_product(op, event), threads)["kernel"]
     if family == caches and not op.endswith("_attn"):
         return op  # plans and appends have one body
     return f"{family}.{_native._C.cpu_isa()['best']}"  # attention chooses its tiles task by task
