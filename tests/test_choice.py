@@ -112,17 +112,18 @@ def test_rows_fill_themselves():
         {"model_shape": "8b", "in": 1024, "out": 512, "recipe": r, "tok_s": t}
         for r, t in (("w4a16", 100.0), ("w4a8kv4", 150.0), ("w4a8kv4", 170.0), ("bf16", 85.0))
     ]
-    mla = [
-        {"model": "m", "recipe": "mla-fixed", "ppl": 10.0},
-        {"model": "m", "recipe": "mla-adaptive", "ppl": 7.5},
-    ]
+    plain = {"rank": 64, "rope": 32, "ranks": None, "hadamard": False, "healed": {}}
+    mla = [{"model": "m", "recipe": "bf16", "kv": None, "ppl": 6.0, "latent": {}}]
+    for fold, ppl in ((1, 12.0), (2, 10.0), ("adaptive", 9.0)):
+        mla.append(mla[0] | {"ppl": ppl, "latent": plain | {"fold": fold}})
+    mla.append(mla[0] | {"ppl": 6.1, "latent": plain | {"fold": "adaptive", "healed": {"gkd": 9}}})
     claims = {c.number: c for c in CLAIMS}
     results = Results(reader({papers.SERVE: serve, MLA: mla}))
     comet = claims["2.02x"].ours(results)
     assert comet.status == papers.MEASURED and "1.70x (8b)" in comet.text
     assert "2.00x (8b)" in claims["89 %"].ours(results).text
     folds = claims["35 %"].ours(results)
-    assert folds.status == papers.MEASURED and "25.0%" in folds.text
+    assert folds.status == papers.MEASURED and "25 % (m, 64 + 32)" in folds.text
 
 
 def test_speed_of_the_kernel_claim_is_the_mean_over_its_batches():
