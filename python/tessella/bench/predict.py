@@ -67,7 +67,7 @@ class Gemm:
         """Memory that must move: packed weight with scales, activations, bf16 results."""
         Kp = padded_k(self.K)
         blocks = Kp // BLOCK_K
-        scales = blocks if self.act == "int8b128" else 1
+        scales = 1 if self.act == "int8" else blocks
         activations = self.M * (Kp + 4 * blocks + 4 * scales)
         return layout.w4_cpu_bytes(self.scheme, self.N, self.K) + activations + 2 * self.M * self.N
 

@@ -11,18 +11,24 @@ from torch import Tensor
 
 from tessella import _native
 from tessella.bench import predict
-from tessella.bench.act_quant import ACTS
 from tessella.bench.rivals import RIVALS, Rival
 from tessella.bench.suite import Case, Family, Prepared, Selection, Subject
 from tessella.bench.timing import Call, last_level_cache_bytes, rotations
 from tessella.formats import PackedW4
 from tessella.ops import w4_pack
-from tessella.testing.cases import LLM_NK, random_activations, random_weight
+from tessella.testing.cases import LLM_NK, k8_of, random_activations, random_weight
 
 M_VALUES = (1, 4, 16, 64, 512)
 QUICK_M = (1, 16)
 QUICK_NK = ((1024, 1024),)
 SCHEMES = ("twolevel", "g128", "channel")
+ACTS = {
+    "int8": ("token", 1.0),
+    "int8b128": ("block", 1.0),
+    "mixed": ("block", 0.25),
+    "int4b128": ("block", 0.0),
+}
+"""Granularity of the scales, and the share of channels in INT8: a quarter as in COMET, or none."""
 
 _act_quant = torch.ops.tessella.act_quant.default
 _w4ax_linear = torch.ops.tessella.w4ax_linear.default
@@ -97,19 +103,21 @@ def _rival_call(rival: Rival, x_MK: Tensor) -> Call:
 
 
 def _subject(shape: _Shape, x_MK: Tensor, scheme: str, act: str, threads: int) -> Subject:
-    (M, K), N, granularity = x_MK.shape, shape.N, ACTS[act]
+    (M, K), N = x_MK.shape, shape.N
+    granularity, share = ACTS[act]
+    k8 = k8_of(share, K)
     ws = shape.packed(scheme)
-    given = _act_quant(x_MK, -1, granularity, None)
+    given = _act_quant(x_MK, k8, granularity, None)
 
     def gemm(acts: tuple[Tensor, ...], i: int) -> Tensor:
         blob = ws[i % len(ws)].blob
         return _w4ax_gemm(*acts, blob, scheme, N, granularity, None, torch.bfloat16)
 
     def linear(i: int) -> Tensor:
-        return _w4ax_linear(x_MK, ws[i % len(ws)].blob, scheme, N, -1, granularity, None, None)
+        return _w4ax_linear(x_MK, ws[i % len(ws)].blob, scheme, N, k8, granularity, None, None)
 
     def quant() -> tuple[Tensor, ...]:
-        return _act_quant(x_MK, -1, granularity, None)
+        return _act_quant(x_MK, k8, granularity, None)
 
     problem = predict.Gemm(M, N, K, scheme, act, threads)
     return Subject(
