@@ -34,7 +34,8 @@ def reader(files: dict):
 
 
 def gemm(us: float, bf16: float, **case) -> dict:
-    case = {"M": 1, "N": 64, "K": 64, "threads": 1, "scheme": "twolevel", "act": "int8"} | case
+    case = {"scheme": "twolevel", "act": "int8", "isa": "avx512vnni"} | case
+    case = {"M": 1, "N": 64, "K": 64, "threads": 1} | case
     return {"family": "w4ax_gemm", "case": case, "us": us, "baselines": {"torch_bf16": bf16}}
 
 
@@ -47,6 +48,7 @@ def test_the_table_joins_accuracy_bytes_and_speed():
         EVALUATION | {"recipe": "w4a8", "model": "other"},
     ]
     speeds = [gemm(10, 40), gemm(10, 90, N=128), gemm(5, 1000, act="int8b128")]
+    speeds.append(gemm(5, 5, isa="avx2"))
     results = Results(reader({RECIPES: evaluations, papers.CPU_GEMM: speeds}))
     assert choice.models(results) == ["m", "other"]
     table = choice.table(results, "m")

@@ -15,9 +15,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PLAIN = "as it is"
+_CPU = {"threads": 1, "isa": "avx512vnni"}
 SPEEDS = {
-    "CPU M=1": (CPU_GEMM, {"M": 1, "threads": 1}, "torch_bf16"),
-    "CPU M=512": (CPU_GEMM, {"M": 512, "threads": 1}, "torch_bf16"),
+    "CPU M=1": (CPU_GEMM, _CPU | {"M": 1}, "torch_bf16"),
+    "CPU M=16": (CPU_GEMM, _CPU | {"M": 16}, "torch_bf16"),
+    "CPU M=512": (CPU_GEMM, _CPU | {"M": 512}, "torch_bf16"),
     "H200 M=16..256": (GEMM, {"M": (16, 32, 64, 128, 256)}, "cublas_bf16"),
 }
 """Speeds of linears by heading: results file, cases, and what they are relative to."""

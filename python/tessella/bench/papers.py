@@ -158,7 +158,7 @@ def _dequantisation(results: Results) -> Ours:
 
 
 def _xy_gemm(results: Results) -> Ours:
-    own = speedup(results(CPU_GEMM, scheme="twolevel"), "torch_bf16")
+    own = speedup(results(CPU_GEMM, scheme="twolevel", act="int8", isa="avx512vnni"), "torch_bf16")
     nearest = (
         f"; the same plans on two CPU cores: {own:.2f}x torch's bf16 linear over M = 1 to 512"
         if own
