@@ -116,7 +116,9 @@ def markdown(records: list[dict[str, Any]]) -> str:
         size = "" if nbytes is None else f"{nbytes:,.0f}"
         share = "" if nbytes is None or len(plain) != 1 else f"{nbytes / max(plain):.1%}"
         ratio = f"{r['ppl_ratio']:.4f} ± {r['ppl_ratio_stderr']:.4f}"
-        cells = (r["recipe"], f"`{r['kv']}`", size, share, f"{r['ppl']:.4f}", ratio)
+        name = r["recipe"] + (f" (outliers {r['outliers']})" if r.get("outliers") else "")
+        cache = f"`{r['kv']}`" if r["kv"] else ""
+        cells = (name, cache, size, share, f"{r['ppl']:.4f}", ratio)
         lines.append("| " + " | ".join((*cells, f"{r['kl']:.5f}", f"{r['top1']:.2%}")) + " |")
     about = sorted(
         {f"{r['model']}, {r['tokens']:,} tokens, windows of {r['ctx']}" for r in records}
