@@ -3,6 +3,7 @@
 import json
 import math
 from importlib.util import find_spec
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -363,6 +364,13 @@ def test_report(results, tmp_path):
     for words in ("w4ax_gemm on CPU, 2 cores", "w4ax_gemm on other", "tokens/s", "commit abc1234"):
         assert words in text
     assert "Predicted over measured time: median 0.89" in text
+
+
+def test_the_repositorys_own_results_make_a_report(tmp_path):
+    own = Path(__file__).resolve().parents[1] / "bench/results"
+    if not own.is_dir():
+        pytest.skip("not in a checkout")
+    assert len(report.write(own, tmp_path / "out", images=False)) == 2
 
 
 def test_report_without_plots_needs_no_matplotlib(results, tmp_path, monkeypatch):
