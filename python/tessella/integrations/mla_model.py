@@ -128,6 +128,9 @@ class MLAAttention(nn.Module):
             attention = ALL_ATTENTION_FUNCTIONS.get_interface(
                 self.config._attn_implementation, sdpa_attention_forward
             )
+            if hidden_states.shape[1] > 1 and self.config._attn_implementation == "sdpa":
+                # torch's fused kernels want values as wide as keys; without them T x T scores
+                values = nn.functional.pad(values, (0, max(0, self.qk_head_dim - self.v_head_dim)))
             out, weights = attention(
                 self,
                 torch.cat((q_nope, q_rope), -1),
@@ -139,6 +142,7 @@ class MLAAttention(nn.Module):
                 sliding_window=self.sliding_window,
                 **kwargs,
             )
+            out = out[..., : self.v_head_dim]
         return self.o_proj(out.reshape(*hidden_states.shape[:-1], -1)), weights
 
 
