@@ -247,7 +247,8 @@ def test_decoder_is_transformers_model(sources, arch):
 @pytest.mark.parametrize("arch", ["llama", "mistral", "qwen2"])
 def test_converted_checkpoint_is_the_partial_model(sources, arch, tmp_path):
     """What transformers computes at full rank is what the decoder computes with partial RoPE."""
-    report = to_mla(sources[arch], tmp_path / "out", Options(FULL, 32, 4), IDS[:8], IDS[8:])
+    options = Options(FULL, 32, 4, balance=False)
+    report = to_mla(sources[arch], tmp_path / "out", options, IDS[:8], IDS[8:])
     model, _ = hf.load(tmp_path / "out", dtype=torch.float32)
     decoder = CheckpointDecoder(Checkpoint.open(sources[arch]))
     h = start = decoder.embed(IDS[8:])
@@ -262,6 +263,17 @@ def test_converted_checkpoint_is_the_partial_model(sources, arch, tmp_path):
     with torch.inference_mode():
         got, expected = model(input_ids=IDS[8:]).logits, decoder.head(h)
     assert (got - expected).norm() < 0.02 * expected.norm()  # weights in bf16
+    bands = ((2, 2, 4, 8, 16), (4,) * 8)  # the second is what fold 4 is
+    same_fold = to_mla(
+        sources[arch],
+        tmp_path / "bands",
+        Options(FULL, 32, (4, bands[1]), balance=False),
+        IDS[:8],
+        IDS[8:],
+    )
+    assert same_fold.kl == report.kl and same_fold.folds == [4, bands[1]]
+    wide = Options(FULL, 32, bands, balance=False)
+    assert to_mla(sources[arch], tmp_path / "wide", wide, IDS[:8], IDS[8:]).kl != report.kl
     assert report.folds == [4, 4] and report.bytes_per_token == 2 * 2 * (FULL + 32)
     config = json.loads((tmp_path / "out/config.json").read_text())
     assert config["sliding_window"] == (9 if arch == "mistral" else None)
@@ -290,9 +302,18 @@ def test_adaptive_folds_are_the_greedy_ones(sources):
 
 
 def test_interrupted_conversions_resume_to_the_same_bytes(sources, tmp_path):
-    options = Options(64, 32, "adaptive", hadamard=True, layer_ranks=True)
-    whole = to_mla(sources["qwen2"], tmp_path / "whole", options, IDS[:8], IDS[8:])
-    for stage, at in (("folds", 10), ("layers", 1)):
+    for fold, stages in (
+        ("adaptive", (("folds", 10), ("layers", 1))),
+        ("bands", (("statistics", 1),)),
+    ):
+        check_resume(sources["qwen2"], tmp_path / fold, fold, stages)
+
+
+def check_resume(source, tmp_path, fold, stages):
+    options = Options(64, 32, fold, hadamard=True, layer_ranks=True)
+    tmp_path.mkdir()
+    whole = to_mla(source, tmp_path / "whole", options, IDS[:8], IDS[8:])
+    for stage, at in stages:
         out = tmp_path / f"{stage}"
 
         def stop(step, stage=stage, at=at):
@@ -300,15 +321,16 @@ def test_interrupted_conversions_resume_to_the_same_bytes(sources, tmp_path):
                 raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
-            to_mla(sources["qwen2"], out, options, IDS[:8], IDS[8:], progress=stop)
+            to_mla(source, out, options, IDS[:8], IDS[8:], progress=stop)
         assert not out.exists()
-        again = to_mla(sources["qwen2"], out, options, IDS[:8], IDS[8:], resume=True)
-        assert again.folds == whole.folds and len(again.trials) < len(whole.trials)
+        again = to_mla(source, out, options, IDS[:8], IDS[8:], resume=True)
+        assert again.folds == whole.folds
+        assert fold == "bands" or len(again.trials) < len(whole.trials)
         assert contents(out) == contents(tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
-        to_mla(sources["qwen2"], tmp_path / "x", options, IDS[:8], IDS[8:], progress=stop)
+        to_mla(source, tmp_path / "x", options, IDS[:8], IDS[8:], progress=stop)
     with pytest.raises(ConversionError, match="another options"):
-        to_mla(sources["qwen2"], tmp_path / "x", Options(96, 32), IDS[:8], IDS[8:], resume=True)
+        to_mla(source, tmp_path / "x", Options(96, 32), IDS[:8], IDS[8:], resume=True)
 
 
 @pytest.mark.parametrize(
@@ -318,6 +340,8 @@ def test_interrupted_conversions_resume_to_the_same_bytes(sources, tmp_path):
         (Options(64, 32, 3), r"fold: expected a multiple of the collapse 2 .*such as 2, 4.*got 3"),
         (Options(64, 32, 1), r"multiple of the collapse 2 .*got 1"),
         (Options(64, 32, 64), r"divides 32.*got 64"),
+        (Options(64, 32, (4, (2, 6, 8))), r"fold: expected bands of .* collapse 2 .*add up to 16"),
+        (Options(64, 32, (4, (3, 29))), r"fold: expected bands of multiples of the collapse 2"),
         (Options(64, 32, (4, 4, 4)), r"fold: expected 1 or 2 numbers, got 3"),
         (Options(64, 48), r"rope: expected head_dim / 1, 2 or 4 = 64, 32, 16 .*got 48"),
         (Options(64, 32, "best"), r"fold: expected a number.*got 'best'"),

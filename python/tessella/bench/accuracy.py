@@ -49,6 +49,7 @@ def _latents(lm: nn.Module, text: str) -> dict[str, Any]:
             "rope": c.qk_rope_head_dim,
             "fold": conversion.get("fold"),
             "folds": conversion.get("folds"),
+            "balance": conversion.get("balance", False),
             "window": conversion.get("window"),
             "hadamard": conversion.get("hadamard", False),
             "healed": healed,
@@ -60,9 +61,10 @@ def _latents(lm: nn.Module, text: str) -> dict[str, Any]:
 def latent_recipe(latent: dict[str, Any]) -> str:
     """A name for how a model was converted, distinct for distinct conversions."""
     layers = " by layer" if latent["ranks"] else ""
-    chosen = latent["fold"] in ("auto", "adaptive") and latent["window"]
+    chosen = isinstance(latent["fold"], str) and latent["window"]
     fold = f"{latent['fold']} at {latent['window']}" if chosen else str(latent["fold"])
     parts = [f"mla {latent['rank']:.0f}{layers} + {latent['rope']}", f"fold {fold}"]
+    parts += ["balanced"] * bool(latent.get("balance"))
     parts += ["hadamard"] * bool(latent["hadamard"])
     if healed := latent["healed"]:
         parts += [f"healed {healed['steps']}"]

@@ -16,6 +16,7 @@ from tessella.cli.loading import Device, DeviceOption, check_device
 from tessella.cli.session import CommandError, Debug, Json, session
 
 if TYPE_CHECKING:
+    from tessella.mla.shape import Fold
     from tessella.models.to_mla import MLAReport, Step
 
 
@@ -39,9 +40,12 @@ def to_mla(
     fold: Annotated[
         str,
         typer.Option(
-            help="Frequencies treated as one: a number, one a layer (4,2,2), auto or adaptive."
+            help="Frequencies treated as one: a number, one a layer (4,2,2), auto, adaptive, bands."
         ),
-    ] = "adaptive",
+    ] = "bands",
+    balance: Annotated[
+        bool, typer.Option(help="Scale keys so that queries weigh their channels alike.")
+    ] = True,
     hadamard: Annotated[
         bool, typer.Option("--hadamard", help="Rotate latents for caches of 4 and 8 bits.")
     ] = False,
@@ -69,14 +73,13 @@ def to_mla(
     latent of --rank numbers a token. Accuracy drops; `tessella heal` restores it.
     OUT loads with transformers once tessella is imported.
 
-    JSON: folds, ranks, rope, ppl_before, ppl_after, kl (on the text folds are
-    chosen on), bytes_per_token and bytes_per_token_gqa (16-bit caches),
-    energy_kept, trials, seconds, peak_rss (bytes).
+    JSON: folds (a number or bands for each layer), ranks, rope, ppl_before,
+    ppl_after, kl (on the text of --select-tokens), bytes_per_token and
+    bytes_per_token_gqa (16-bit), energy_kept, trials, seconds, peak_rss (bytes).
 
     \b
     Examples:
       tessella to-mla ./Llama-3-8B ./llama-mla --rank 512 --rope 64 --calib text.txt
-      tessella to-mla ./model ./out --rank 448 --rope 128 --fold auto --calib text.jsonl
       tessella to-mla ./model ./out --fold 4 --hadamard --calib text.txt.xz --json
     """
     with session(json=json, debug=debug) as s:
@@ -85,19 +88,19 @@ def to_mla(
         from tessella.integrations.windows import spread, token_windows
         from tessella.models import to_mla as conversion
 
-        where = check_device(device)
-        documents = read_documents(calib)
+        where, documents = check_device(device), read_documents(calib)
         tokenizer, head = load_tokenizer(model)
         options = conversion.Options(
             rank=rank,
             rope=rope or head // 2,
             fold=_fold(fold),
+            balance=balance,
             hadamard=hadamard,
             layer_ranks=layer_ranks,
             criterion=criterion.value,
         )
-        counts = [max(1, n // ctx) for n in (calib_tokens, select_tokens)]
         windows = token_windows(tokenizer, documents, ctx)
+        counts = [max(1, n // ctx) for n in (calib_tokens, select_tokens)]
         texts = spread(windows, counts, f"calibration: {calib}")
         with s.progress() as bar:
             how = {"device": where, "resume": resume, "progress": _shown_on(bar)}
@@ -124,8 +127,8 @@ def _fold(text: str) -> int | str | tuple[int, ...]:
         return int(text)
     if all(part.isdecimal() for part in text.split(",")):
         return tuple(int(part) for part in text.split(","))
-    if text not in ("auto", "adaptive"):
-        raise CommandError(f"--fold: expected a number, auto or adaptive, got {text!r}")
+    if text not in ("auto", "adaptive", "bands"):
+        raise CommandError(f"--fold: expected a number, auto, adaptive or bands, got {text!r}")
     return text
 
 
@@ -135,8 +138,12 @@ def _layers(report: MLAReport) -> Table:
         table.add_column(heading, justify="right")
     rows = zip(report.folds, report.ranks, report.energy_kept)
     for i, (fold, rank, energy) in enumerate(rows):
-        table.add_row(str(i), str(fold), str(rank), f"{energy:.1%}")
+        table.add_row(str(i), _shown(fold), str(rank), f"{energy:.1%}")
     return table
+
+
+def _shown(fold: Fold) -> str:
+    return str(fold) if isinstance(fold, int) else "-".join(map(str, fold))
 
 
 def _summary(report: MLAReport, out: Path) -> str:

@@ -85,10 +85,14 @@ class GQA(_Weights):
         """Keys before RoPE, then values: [..., 2 * J * D]."""
         return torch.cat((linear(x, self.k, self.k_bias), linear(x, self.v, self.v_bias)), -1)
 
+    def queries(self, x: Tensor) -> Tensor:
+        """Queries before RoPE: [..., H * D]."""
+        return linear(x, self.q, self.q_bias)
+
     def run(self, x: Tensor, angles: Angles) -> Tensor:
         """Normalised hidden states [B, T, hidden] to the attention's output [B, T, hidden]."""
         D = self.heads.D
-        q = linear(x, self.q, self.q_bias).unflatten(-1, (-1, D))
+        q = self.queries(x).unflatten(-1, (-1, D))
         k, v = self.keys_values(x).unflatten(-1, (2, -1, D)).unbind(-3)
         q, k = _rotate_halves(q, angles), _rotate_halves(k, angles)
         return linear(_attend(q, k, v, D**-0.5, self.window), self.o, self.o_bias)
@@ -152,6 +156,23 @@ class Latent(_Weights):
         k, v = linear(latent, self.kv_b).unflatten(-1, (H, 2, D)).unbind(-2)
         out = _attend(q, torch.cat((k, k_rope), -1), v, (D + R) ** -0.5, self.window)
         return linear(out, self.o, self.o_bias)
+
+
+def balanced(gqa: GQA, scale_JP: Tensor) -> GQA:
+    """The same attention: key pair (j, l) times `scale_JP` [J, D / 2], its queries divided by it.
+
+    RoPE turns the two channels of a pair together, so scores stay as they are.
+    """
+    scale = torch.cat((scale_JP, scale_JP), -1)  # channels l and l + D / 2
+    keys = scale.flatten()[:, None]
+    queries = scale.repeat_interleave(gqa.heads.H // gqa.heads.J, 0).flatten()[:, None]
+    return replace(
+        gqa,
+        q=gqa.q / queries,
+        k=gqa.k * keys,
+        q_bias=None if gqa.q_bias is None else gqa.q_bias / queries[:, 0],
+        k_bias=None if gqa.k_bias is None else gqa.k_bias * keys[:, 0],
+    )
 
 
 def _queries(gqa: GQA, rotated: Tensor, rope: int) -> tuple[Tensor, Tensor | None]:

@@ -91,6 +91,16 @@ def moments(decoder: Decoder, i: int, h: Tensor) -> Tensor:
     return total
 
 
+def query_energies(decoder: Decoder, i: int, h: Tensor) -> Tensor:
+    """fp64 [J, D / 2]: energy of the queries that read each pair of channels of layer i's keys."""
+    layer, heads = decoder.layer(i), decoder.heads
+    total = torch.zeros(heads.J, heads.D // 2, dtype=torch.float64, device=h.device)
+    for piece in batches(h):
+        q = layer.attention.queries(layer.normed(piece)).double()
+        total += q.view(-1, heads.J, heads.H // heads.J, 2, heads.D // 2).square().sum((0, 2, 3))
+    return total
+
+
 def divergence(decoder: Decoder, h: Tensor, reference: Tensor | None, ids: Tensor) -> float:
     """How bad the last hidden states h [N, T, hidden] are, in nats a token.
 

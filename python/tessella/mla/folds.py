@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from tessella.mla.decoder import Attention, Decoder, advance, divergence
-from tessella.mla.shape import MLAError
+from tessella.mla.shape import Fold, MLAError
 
-Candidate = Callable[[int, int], Attention]
+Candidate = Callable[[int, Fold], Attention]
 """(layer, fold) -> the attention that the layer would have."""
 
 
@@ -26,7 +26,7 @@ class Trial:
     """One evaluation on the calibration text: the folds from `layer` on, and the divergence."""
 
     layer: int
-    folds: tuple[int, ...]
+    folds: tuple[Fold, ...]
     divergence: float
 
 
@@ -58,9 +58,9 @@ class Search:
         self._reference = self._entering.pop()
         if criterion == "ppl":
             self._reference = None
-        self._made: dict[tuple[int, int], Attention] = {}
+        self._made: dict[tuple[int, Fold], Attention] = {}
 
-    def run(self, layer: int, folds: list[int]) -> float:
+    def run(self, layer: int, folds: list[Fold]) -> float:
         """Divergence with the original before `layer` and `folds` from there on."""
         wanted = set(enumerate(folds, layer))
         self._made = {key: made for key, made in self._made.items() if key in wanted}
@@ -75,7 +75,7 @@ class Search:
             self.progress(self.trials[-1])
         return found
 
-    def _attention(self, layer: int, fold: int) -> Attention:
+    def _attention(self, layer: int, fold: Fold) -> Attention:
         key = (layer, fold)
         if key not in self._made:
             made = self.candidate(layer, fold)

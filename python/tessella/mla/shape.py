@@ -9,6 +9,9 @@ import torch
 COLLAPSES = (1, 2, 4)
 """How many times narrower than a head the shared rope key may be."""
 
+Fold = int | tuple[int, ...]
+"""How many neighbouring frequencies count as one: everywhere, or band by band from the fastest."""
+
 
 class MLAError(ValueError):
     """A conversion that cannot be done; the message gives the number and its limit."""
@@ -50,8 +53,20 @@ def folds_of(heads: Heads, collapse: int) -> list[int]:
     return [f for f in powers if f % collapse == 0 and (heads.D // 2) % f == 0]
 
 
-def check_fold(heads: Heads, collapse: int, fold: int) -> None:
+def bands_of(heads: Heads, fold: Fold) -> tuple[int, ...]:
+    """Numbers of frequencies in each band, from the fastest; they add up to D / 2."""
+    return (fold,) * (heads.D // 2 // fold) if isinstance(fold, int) else fold
+
+
+def check_fold(heads: Heads, collapse: int, fold: Fold) -> None:
     """Raises MLAError unless bands of `fold` frequencies fill a head and collapse evenly."""
+    if isinstance(fold, tuple):
+        if sum(fold) != heads.D // 2 or any(n < 1 or n % collapse for n in fold):
+            raise MLAError(
+                f"fold: expected bands of multiples of the collapse {collapse} that add up to "
+                f"{heads.D // 2}, got {fold}, which add up to {sum(fold)}"
+            )
+        return
     if fold < 1 or fold % collapse or (heads.D // 2) % fold:
         raise MLAError(
             f"fold: expected a multiple of the collapse {collapse} (head_dim {heads.D} over rope "

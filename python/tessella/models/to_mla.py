@@ -1,8 +1,9 @@
 """Converts a checkpoint with grouped queries into one with latent attention, layer by layer.
 
 Three passes over the calibration text. The first, through the original, gathers second moments of
-each layer's keys and values, from which follow the rotations for any fold. The second, unless
-folds are given, chooses them (:mod:`tessella.mla.folds`). The third goes through the model with
+each layer's keys and values, from which follow the rotations for any fold, and chooses bands
+(:mod:`tessella.mla.bands`). The second, unless folds are given, tries them on the whole model
+(:mod:`tessella.mla.folds`). The third goes through the model with
 partial RoPE, gathers moments again, makes each layer's latents from them and writes the layer.
 What happens when a conversion is interrupted: :mod:`tessella.models.partial`.
 """
@@ -25,11 +26,13 @@ from torch import Tensor
 
 from tessella._version import __version__
 from tessella.mla import decoder as dec
-from tessella.mla.attention import GQA, Latent, partial_rope, to_latent
+from tessella.mla.attention import GQA, Latent, balanced, partial_rope, to_latent
+from tessella.mla.bands import WINDOWS, BandSearch
 from tessella.mla.folds import Search, Trial
 from tessella.mla.lowrank import Components, allocate, components
 from tessella.mla.rotate import energy_kept, pair_moments, rotation
 from tessella.mla.shape import (
+    Fold,
     MLAError,
     check_finite,
     check_fold,
@@ -47,8 +50,11 @@ from tessella.models.latent import CheckpointDecoder
 from tessella.models.partial import Partial, check_target
 from tessella.models.report import peak_rss
 
-AUTO, ADAPTIVE = "auto", "adaptive"
+AUTO, ADAPTIVE, BANDS = "auto", "adaptive", "bands"
 CRITERIA = ("kl", "ppl")
+LEAST_ENERGY = 1e-4
+"""Of the mean energy of a layer's queries: less counts as this, lest scales become extreme."""
+
 RANK_STEP = 64
 """Ranks of layers under a budget are multiples of this, or of the rank if that is smaller."""
 
@@ -60,7 +66,9 @@ class Options:
     Attributes:
         rank: L; with `layer_ranks` the mean over layers.
         rope: R, head_dim / 1, 2 or 4.
-        fold: a number, one for each layer, "auto" (one for all) or "adaptive" (layer by layer).
+        fold: a number, or one for each layer, where a tuple of numbers stands for bands; "auto"
+            (one for all), "adaptive" (one for each layer) or "bands" (bands for each layer).
+        balance: scale keys so that queries weigh all of their channels alike (exact).
         hadamard: spread the latent's energy over its channels, for caches of few bits.
         layer_ranks: give each layer its rank, from how its energy falls off.
         criterion: how folds are compared: "kl" to the original's predictions, or "ppl" of the text.
@@ -68,7 +76,8 @@ class Options:
 
     rank: int = 512
     rope: int = 64
-    fold: int | str | tuple[int, ...] = AUTO
+    fold: int | str | tuple[Fold, ...] = AUTO
+    balance: bool = True
     hadamard: bool = False
     layer_ranks: bool = False
     criterion: str = "kl"
@@ -94,7 +103,7 @@ class MLAReport:
     values. `energy_kept`: the share of each layer's key energy that keeps RoPE.
     """
 
-    folds: list[int]
+    folds: list[Fold]
     ranks: list[int]
     rope: int
     ppl_before: float
@@ -164,8 +173,8 @@ def _check(decoder: CheckpointDecoder, options: Options, cal: Tensor, sel: Tenso
             raise MLAError(f"fold: expected 1 or {decoder.count} numbers, got {len(given)}")
         for fold in given:
             check_fold(heads, collapse, fold)
-    elif options.fold not in (AUTO, ADAPTIVE):
-        raise MLAError(f"fold: expected a number, {AUTO} or {ADAPTIVE}, got {options.fold!r}")
+    elif options.fold not in (words := (AUTO, ADAPTIVE, BANDS)):
+        raise MLAError(f"fold: expected a number, {', '.join(words)}, got {options.fold!r}")
     if options.criterion not in CRITERIA:
         raise MLAError(f"criterion: expected {' or '.join(CRITERIA)}, got {options.criterion!r}")
     check_tokens(heads, cal.numel())
@@ -189,14 +198,20 @@ class _Conversion:
         self.heads, self.count = decoder.heads, decoder.count
         self.collapse = collapse_of(decoder.heads, options.rope)
         self._progress = progress
+        self.scales: list[Tensor] = []  # [2 W] of a layer's keys and values
         self.moments: list[Tensor] = []
+        self.bands: list[Fold] = []
         self.trials: list[Trial] = []
 
     def run(self, calibration: Tensor, selection: Tensor) -> MLAReport:
         """All passes, and the files."""
         h = self.decoder.embed(calibration)
         for i in range(self.count):
-            self.moments.append(self._gather(i, h))
+            found = self._gather(i, h)
+            self.scales.append(self._scale(i, h))
+            self.moments.append(self._scaled(i, found))
+            if self.options.fold == BANDS:
+                self.bands.append(self._bands(i, h))
             h = dec.advance(self.decoder, i, h)
             self._tell("statistics", i + 1, self.count)
         folds = self._folds(selection)
@@ -224,30 +239,64 @@ class _Conversion:
             peak_rss=0,
         )
 
+    def _scale(self, i: int, h: Tensor) -> Tensor:
+        """fp64 [2 W]: what layer i's keys and values are multiplied by, and queries divided by."""
+        J, half = self.heads.J, self.heads.D // 2
+        scale = torch.ones(J, half, dtype=torch.float64, device=h.device)
+        if self.options.balance:
+            energies = dec.query_energies(self.decoder, i, h)
+            floor = LEAST_ENERGY * energies.mean()
+            scale = energies.clamp_min(floor).sqrt() if floor > 0 else scale
+            scale = scale / scale.mean()
+        keys = torch.cat((scale, scale), -1).flatten()
+        return torch.cat((keys, torch.ones_like(keys)))
+
     def _gather(self, i: int, h: Tensor) -> Tensor:
         found = dec.moments(self.decoder, i, h)
         check_finite(f"layer {i}: moments of keys and values on the calibration text", found)
         return found
 
-    def _rotation(self, i: int, fold: int) -> Tensor:
+    def _scaled(self, i: int, moments: Tensor) -> Tensor:
+        """Moments of layer i's keys and values after :func:`balanced`."""
+        return self.scales[i][:, None] * moments * self.scales[i]
+
+    def _pairs(self, i: int) -> Tensor:
         W = self.heads.width
-        pairs = pair_moments(self.moments[i][:W, :W], self.heads)
-        return rotation(pairs, self.heads, self.collapse, fold)
+        return pair_moments(self.moments[i][:W, :W], self.heads)
+
+    def _rotation(self, i: int, fold: Fold) -> Tensor:
+        return rotation(self._pairs(i), self.heads, self.collapse, fold)
 
     def _original(self, i: int) -> GQA:
-        return self.decoder.layer(i).attention.to(torch.float64)
+        """Layer i's attention, in fp64, keys and queries balanced."""
+        scale = self.scales[i].view(2, self.heads.J, 2, -1)[0, :, 0]
+        return balanced(self.decoder.layer(i).attention.to(torch.float64), scale)
 
-    def _candidate(self, i: int, fold: int):
+    def _bands(self, i: int, h: Tensor) -> Fold:
+        """Bands of layer i by its attention's output; h [N, T, hidden] enters the layer."""
+        file = f"bands {i}"
+        if file not in self.partial.finished:
+            gqa = self._original(i).to(torch.float32)
+            x = self.decoder.layer(i).normed(h[:WINDOWS])
+            angles = self.decoder.angles(h.shape[1])
+            search = BandSearch(gqa, x, angles, self._pairs(i), self.collapse)
+            self.partial.note(file, {"bands": list(search.run(self._legal()))})
+        return tuple(self.partial.finished[file]["bands"])
+
+    def _legal(self) -> list[int]:
+        return folds_of(self.heads, self.collapse)
+
+    def _candidate(self, i: int, fold: Fold):
         """Layer i with partial RoPE, as selection tries it."""
         return partial_rope(self._original(i), self._rotation(i, fold), self.options.rope)
 
-    def _folds(self, selection: Tensor) -> list[int]:
-        wanted, legal = self.options.fold, folds_of(self.heads, self.collapse)
+    def _folds(self, selection: Tensor) -> list[Fold]:
+        wanted, legal = self.options.fold, self._legal()
         if not isinstance(wanted, str):
             return [wanted] * self.count if isinstance(wanted, int) else list(wanted)
         known = self.partial.finished.get("folds", {"folds": []})["folds"]
         if len(known) == self.count:
-            return known
+            return [tuple(f) if isinstance(f, list) else f for f in known]
         total = len(legal) * (self.count + 1 if wanted == ADAPTIVE else 1)
 
         def tell(trial: Trial) -> None:
@@ -256,14 +305,14 @@ class _Conversion:
 
         search = Search(self.decoder, selection, self._candidate, self.options.criterion, tell)
         uniform = [search.uniform(legal)] * self.count
-        chosen = uniform
+        chosen = uniform if wanted == AUTO else self.bands
         if wanted == ADAPTIVE:
 
             def keep(found: list[int]) -> None:
                 self.partial.note("folds", {"folds": found})
 
             chosen = search.adaptive(legal, known, keep)
-            # greedy steps may end worse than where they could have started
+        if wanted != AUTO:  # choices layer by layer may end worse than one for all
             chosen = min((chosen, uniform), key=lambda folds: search.run(0, folds))
         self.partial.note("folds", {"folds": chosen})
         return chosen
@@ -288,7 +337,7 @@ class _Conversion:
         files, total = {}, self.count + 1
         for i, (rotated, rank) in enumerate(zip(rotations, ranks)):
             gqa = self._original(i)
-            parts = self._components(self._gather(i, h), rotated)
+            parts = self._components(self._scaled(i, self._gather(i, h)), rotated)
             latent = to_latent(gqa, rotated, self.options.rope, parts, rank, self.options.hadamard)
             prefix = f"{arch.layer(i)}."
             attention = f"{prefix}self_attn."
@@ -394,6 +443,7 @@ def _config(
             "tessella_version": __version__,
             "source": source.path.resolve().name,
             "fold": options.fold,
+            "balance": options.balance,
             "folds": folds,
             "hadamard": options.hadamard,
             "layer_ranks": options.layer_ranks,
