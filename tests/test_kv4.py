@@ -1,111 +1,43 @@
 """Attention over coded pages, and the coding itself: every body, mask and codec."""
 
-import functools
-
 import pytest
 import torch
 
+from attention_cases import MIXED, coded_cases, coded_problem, gen
+from attention_cases import assert_close as assert_close_to
 from tessella import _native, ops
 from tessella.formats_kv import KV4Pages, KVCodec, KVFactors
 from tessella.layout_kv import unpack_page
 from tessella.ref import kv4 as ref
 from tessella.testing.attention import make_batch
 from tessella.testing.force import environment, force, runnable
-from tessella.testing.metrics import relative_diff
 from tessella.testing.poison import assert_untouched, poisoned_output
 
 native = pytest.mark.skipif(not _native.HAS_OPS, reason="needs compiled kernels")
 KERNELS = [k for k in runnable("kv4") if not k.endswith("bf16") or _native._C.cpu_isa().get("bf16")]
 CODECS = ["k4v4", "k8v8", "k2v2", "k4v4-g16", "k4v2-g32", "k4v4-channel", "k8v4-channel"]
-SHAPES = [  # H, J, D, Z, dtype, with factors
+SHAPES = (  # H, J, D, Z, dtype, with factors
     (8, 2, 64, 16, torch.float32, True),
     (4, 4, 80, 32, torch.bfloat16, False),
     (7, 1, 96, 64, torch.float16, False),
     (4, 2, 128, 16, torch.bfloat16, False),
     (2, 1, 256, 48, torch.float32, False),
-]
-Q_LEN, KV_LEN = [1, 0, 5, 37, 1, 9, 9, 0], [300, 0, 5, 200, 1, 130, 64, 17]
-MIXED = ["full", "causal", "window", "tree", "tree", "tree", "causal", "full"]
+)
 
 # |x - y|^2 / (|x|^2 + |y|^2) with the exact attention over the same codes. "codes" quantises
 # queries and probabilities to 8 bits: 1e-2 relative, a tenth of what coding the cache costs.
 DIFF = {"codes": 2e-4, "bf16": 3e-5, "tile": 4e-6}
 
 
-def gen(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def make_factors(F: int, J: int, D: int, g: torch.Generator, m: int = 16) -> KVFactors:
-    fold = torch.randn(F, J, D // m, m, m, generator=g) * 0.1 + torch.eye(m)
-    inverse = torch.linalg.inv(fold).contiguous()
-    mean = torch.randn(F, J, D, generator=g)
-    return KVFactors(mean, fold, inverse.transpose(-1, -2).contiguous(), fold, inverse)
-
-
-def fill(cache, batch, kv_len, dtype, g, factors=None):
-    """Append random keys and values of every request; keyword arguments for the attention."""
-    J, Z, D = cache.blob.shape[1], cache.Z, cache.D
-    channel = cache.codec.k_axis == "channel"
-    for b, n in enumerate(kv_len):
-        pos = torch.arange(n)
-        slots = batch.block_table[b, pos // Z].long() * Z + pos % Z
-        row = torch.full((n,), b, dtype=torch.int32)
-        k, v = (torch.randn(n, J, D, generator=g).to(dtype) for _ in range(2))
-        ops.kv4_append(
-            k, v, slots, cache, factors=factors, rows=row if factors else None,
-            tail_row=row if channel else None,
-        )  # fmt: skip
-    rows = torch.arange(len(kv_len), dtype=torch.int32)
-    return {"rows": rows if factors else None, "tail_row": rows if channel else None}
-
-
-def problem(codec, H, J, D, Z, dtype, mask, factors=False, q_len=Q_LEN, kv_len=KV_LEN):
-    """(q, cache, batch, keyword arguments); what may not be read decodes to NaN."""
-    g, codec = gen(), KVCodec.parse(codec)
-    batch, P = make_batch(q_len, kv_len, Z, g, mask)
-    cache = KV4Pages.empty(P, J, Z, D, codec, len(kv_len))
-    cache.blob.fill_(255)  # fp16 0xffff is NaN
-    if cache.k_tail is not None:
-        cache.k_tail.fill_(torch.nan)
-    f = make_factors(len(kv_len), J, D, g) if factors else None
-    how = fill(cache, batch, kv_len, dtype, g, f) | {"factors": f}
-    q = torch.randn(sum(q_len), H, D, generator=g).to(dtype)
-    return q, cache, batch, how
-
-
 def assert_close(got, want, limit):
-    (o, lse), (wo, wl) = got, want
-    assert torch.equal(torch.isnan(o), torch.isnan(wo))
-    diff = relative_diff(o.nan_to_num(), wo.nan_to_num())
-    assert diff <= limit, f"{diff:.2e} > {limit:.0e}"
-    dead = wl == -torch.inf
-    assert torch.equal(lse == -torch.inf, dead) and not o[dead].any()
-    assert float((lse - wl)[~dead].nan_to_num().abs().max()) < (5e-2 if limit > 5e-6 else 2e-3)
-
-
-@functools.cache
-def parity_cases(codec):
-    """(arguments, plan, keyword arguments, reference) of every shape that the codec takes."""
-    cases = []
-    for H, J, D, Z, dtype, factors in SHAPES:
-        group = KVCodec.parse(codec).group
-        if group and D % group:
-            continue
-        mask = MIXED if D != 80 else None
-        *args, how = problem(codec, H, J, D, Z, dtype, mask, factors)
-        how |= {"scale": 0.9 * D**-0.5, "window": 20, "softcap": 5.0 if D in (64, 96) else 0.0}
-        how["sinks"] = torch.randn(H, generator=gen(1)) if D in (64, 128) else None
-        plan = ops.msm_plan(args[2], H, J, window=20, units=9)
-        cases.append((args, plan, how, ref.kv4_attn(*args, **how)))
-    return cases
+    assert_close_to(got, want, limit, 5e-2 if limit > 5e-6 else 2e-3)
 
 
 @native
 @pytest.mark.parametrize("codec", CODECS)
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_parity(kernel, codec):
-    for (q, cache, batch), split, how, want in parity_cases(codec):
+    for (q, cache, batch), split, how, want in coded_cases(codec, SHAPES):
         with force(kernel):
             for plan in (None, split):
                 got = ops.kv4_attn(q, cache, batch, plan=plan, lse=True, **how)
@@ -117,7 +49,7 @@ def test_parity(kernel, codec):
 @pytest.mark.parametrize("codec", ["k4v4", "k4v4-channel"])
 def test_split_and_unsplit_agree(kernel, codec):
     mask = ["causal", "window", "tree"]
-    q, cache, batch, how = problem(
+    q, cache, batch, how = coded_problem(
         codec, 4, 2, 64, 16, torch.float32, mask, q_len=[3, 9, 66], kv_len=[2000, 700, 900]
     )
     with force(kernel):
@@ -219,7 +151,7 @@ def test_the_error_of_coding(bits, limit):
 def test_a_nan_token_spoils_only_what_sees_it():
     for spoil in ("k", "v"):
         for kernel in KERNELS:
-            q, cache, batch, _ = problem(
+            q, cache, batch, _ = coded_problem(
                 "k4v4", 4, 2, 64, 16, torch.float32, None, q_len=[8, 2], kv_len=[40, 40]
             )
             k, v = torch.randn(1, 2, 64), torch.randn(1, 2, 64)
@@ -240,7 +172,7 @@ def test_a_nan_token_spoils_only_what_sees_it():
 @native
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_non_finite_queries(kernel):
-    q, cache, batch, _ = problem("k4v4", 4, 2, 64, 16, torch.float32, None)
+    q, cache, batch, _ = coded_problem("k4v4", 4, 2, 64, 16, torch.float32, None)
     q[0, 1, 5], q[3, 2, 0] = torch.inf, torch.nan
     with force(kernel):
         out = ops.kv4_attn(q, cache, batch)
@@ -255,7 +187,7 @@ def test_a_long_request_among_tiny_ones(kernel):
     if ".scalar." in kernel:
         pytest.skip("minutes")
     n = 63
-    q, cache, batch, _ = problem(
+    q, cache, batch, _ = coded_problem(
         "k4v4", 4, 2, 64, 64, torch.float32, None,
         q_len=[1] * (n + 1), kv_len=[100_000] + [1 + i % 40 for i in range(n)],
     )  # fmt: skip
@@ -267,7 +199,7 @@ def test_a_long_request_among_tiny_ones(kernel):
 
 @native
 def test_nothing_but_the_result_is_written():
-    q, cache, batch, _ = problem("k4v4", 8, 2, 64, 16, torch.float32, MIXED)
+    q, cache, batch, _ = coded_problem("k4v4", 8, 2, 64, 16, torch.float32, MIXED)
     out, around = poisoned_output(q)
     before = cache.blob.clone()
     got, lse = ops.kv4_attn(q, cache, batch, window=20, out=out, lse=True)
@@ -301,7 +233,7 @@ def bad_calls():
 @native
 @pytest.mark.parametrize("what, change, message", bad_calls(), ids=lambda x: x if x else "")
 def test_bad_input_is_refused_before_any_work(what, change, message):
-    q, cache, b, _ = problem("k4v4", 8, 2, 64, 16, torch.float32, MIXED)
+    q, cache, b, _ = coded_problem("k4v4", 8, 2, 64, 16, torch.float32, MIXED)
     names = "q pages codec Z block_table cu_q kv_len mask tree_bits tree_row scale window softcap"
     names += " sinks plan max_kv_len k_mean q_fold o_fold rows k_tail tail_row"
     batch = {
@@ -336,7 +268,7 @@ def test_appends_refuse_what_does_not_fit():
 
 @native
 def test_opcheck_fake_and_compile():
-    q, cache, b, _ = problem("k4v4", 4, 2, 64, 16, torch.float32, MIXED)
+    q, cache, b, _ = coded_problem("k4v4", 4, 2, 64, 16, torch.float32, MIXED)
     cache = KV4Pages(cache.blob.clone(), cache.codec, 16, 64)
     fields = (b.block_table, b.cu_q, b.kv_len, b.mask, b.tree_bits, b.tree_row)
     args = (q, cache.blob, "k4v4", 16, *fields, 0.125, 20, 0.0, None, None, 0, *[None] * 6)
@@ -360,7 +292,7 @@ def test_opcheck_fake_and_compile():
 def test_the_stand_in_agrees():
     from tessella.ops import kv4
 
-    q, cache, b, how = problem("k4v4", 8, 2, 64, 16, torch.float32, None, True)
+    q, cache, b, how = coded_problem("k4v4", 8, 2, 64, 16, torch.float32, None, True)
     f = how["factors"]
     batch = (b.block_table, b.cu_q, b.kv_len, None, None, None, 0.125, 0, 0.0, None, None, 0)
     own = (f.k_mean, f.q_fold, f.o_fold, how["rows"], None, None)

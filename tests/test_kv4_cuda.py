@@ -1,18 +1,17 @@
 """Coded pages on a GPU: attention against the fp64 reference, and the codes themselves."""
 
-import functools
-
 import pytest
 import torch
 
+from attention_cases import MIXED, coded_cases, coded_problem, gen, make_factors
+from attention_cases import assert_close as assert_close_to
 from tessella import ops
 from tessella.formats_kv import KV4Pages, KVCodec, KVFactors, MsmBatch
 from tessella.ref import kv4 as ref
 from tessella.testing.attention import make_batch
 from tessella.testing.force import force, gpu_kernels
-from tessella.testing.metrics import relative_diff
 from tessella.testing.poison import assert_untouched, poisoned_output
-from test_kv4 import awkward, make_factors
+from test_kv4 import awkward
 
 pytestmark = pytest.mark.gpu
 KERNELS = gpu_kernels("kv4") or [""]
@@ -20,23 +19,17 @@ CODECS = [
     "k4v4", "k8v8", "k2v2", "k4v4-g16", "k4v2-g32", "k8v4",
     "k4v4-channel", "k8v4-channel", "k2v4-g16-channel",
 ]  # fmt: skip
-SHAPES = [  # H, J, D, Z, dtype, with factors
+SHAPES = (  # H, J, D, Z, dtype, with factors
     (8, 2, 64, 16, torch.bfloat16, True),
     (4, 4, 80, 32, torch.bfloat16, False),
     (7, 1, 96, 64, torch.float16, False),
     (32, 8, 128, 16, torch.bfloat16, False),
     (2, 1, 256, 48, torch.float16, True),
     (12, 1, 128, 64, torch.bfloat16, True),
-]
-Q_LEN, KV_LEN = [1, 0, 5, 37, 1, 9, 9, 0], [300, 0, 5, 200, 1, 130, 64, 17]
-MIXED = ["full", "causal", "window", "tree", "tree", "tree", "causal", "full"]
+)
 # |x - y|^2 / (|x|^2 + |y|^2) with the exact attention over the same codes: fp16 products, and the
 # rounding of a bf16 result
 DIFF = {torch.float16: 1e-6, torch.bfloat16: 4e-6}
-
-
-def gen(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def cuda(x):
@@ -48,34 +41,6 @@ def cuda(x):
     return x
 
 
-def fill(cache, batch, kv_len, dtype, g, factors=None):
-    """Append random keys and values of every request; keyword arguments for the attention."""
-    J, Z, D = cache.blob.shape[1], cache.Z, cache.D
-    channel = cache.codec.k_axis == "channel"
-    for b, n in enumerate(kv_len):
-        pos = torch.arange(n)
-        slots = batch.block_table[b, pos // Z].long() * Z + pos % Z
-        row = torch.full((n,), b, dtype=torch.int32)
-        k, v = (torch.randn(n, J, D, generator=g).to(dtype) for _ in range(2))
-        how = {"rows": row if factors else None, "tail_row": row if channel else None}
-        ops.kv4_append(k, v, slots, cache, factors=factors, **how)
-    rows = torch.arange(len(kv_len), dtype=torch.int32)
-    return {"rows": rows if factors else None, "tail_row": rows if channel else None}
-
-
-def problem(codec, H, J, D, Z, dtype, mask, factors=False, q_len=Q_LEN, kv_len=KV_LEN):
-    """(q, cache, batch, keyword arguments) on the CPU; what may not be read decodes to NaN."""
-    g, codec = gen(), KVCodec.parse(codec)
-    batch, P = make_batch(q_len, kv_len, Z, g, mask)
-    cache = KV4Pages.empty(P, J, Z, D, codec, len(kv_len))
-    cache.blob.fill_(255)  # fp16 0xffff is NaN
-    if cache.k_tail is not None:
-        cache.k_tail.fill_(torch.nan)
-    f = make_factors(len(kv_len), J, D, g) if factors else None
-    how = fill(cache, batch, kv_len, dtype, g, f) | {"factors": f}
-    return torch.randn(sum(q_len), H, D, generator=g).to(dtype), cache, batch, how
-
-
 def attend(q, cache, batch, plan=None, **how):
     how = {name: cuda(x) for name, x in how.items()}
     plan = None if plan is None else torch.cat([plan, plan.new_full((50,), 3)]).cuda()
@@ -84,34 +49,13 @@ def attend(q, cache, batch, plan=None, **how):
 
 
 def assert_close(got, want, limit):
-    (o, lse), (wo, wl) = got, want
-    assert torch.equal(torch.isnan(o), torch.isnan(wo))
-    diff = relative_diff(o.nan_to_num(), wo.nan_to_num())
-    assert diff <= limit, f"{diff:.2e} > {limit:.0e}"
-    dead = wl == -torch.inf
-    assert torch.equal(lse == -torch.inf, dead) and not o[dead].any()
-    assert float((lse - wl)[~dead].nan_to_num().abs().max()) < 1e-2
-
-
-@functools.cache
-def parity_cases(codec):
-    cases = []
-    for H, J, D, Z, dtype, factors in SHAPES:
-        group = KVCodec.parse(codec).group
-        if group and D % group:
-            continue
-        *args, how = problem(codec, H, J, D, Z, dtype, MIXED if D != 80 else None, factors)
-        how |= {"scale": 0.9 * D**-0.5, "window": 20, "softcap": 5.0 if D in (64, 96) else 0.0}
-        how["sinks"] = torch.randn(H, generator=gen(1)) if D in (64, 128) else None
-        plan = ops.msm_plan(args[2], H, J, window=20, units=9)
-        cases.append((args, plan, how, ref.kv4_attn(*args, **how)))
-    return cases
+    assert_close_to(got, want, limit, 1e-2)
 
 
 @pytest.mark.parametrize("codec", CODECS)
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_parity(kernel, codec):
-    for args, split, how, want in parity_cases(codec):
+    for args, split, how, want in coded_cases(codec, SHAPES):
         with force(kernel):
             for plan in (None, split):
                 assert_close(attend(*args, plan, **how), want, DIFF[args[0].dtype])
@@ -120,7 +64,7 @@ def test_parity(kernel, codec):
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("codec", ["k4v4", "k4v4-channel"])
 def test_runs_and_replays_give_the_same_bits(kernel, codec):
-    q, cache, batch, how = problem(
+    q, cache, batch, how = coded_problem(
         codec, 8, 2, 128, 16, torch.bfloat16, None, q_len=[1, 8, 1], kv_len=[2000, 700, 33]
     )
     how = {name: cuda(x) for name, x in how.items()}
@@ -143,7 +87,7 @@ def test_runs_and_replays_give_the_same_bits(kernel, codec):
 def test_split_one(kernel):
     """A few keys, split and merged: small enough to run under compute-sanitizer."""
     for codec, q_len in (("k4v4", [1, 1]), ("k4v4", [8, 3]), ("k4v2-g32", [1, 1])):
-        q, cache, batch, how = problem(
+        q, cache, batch, how = coded_problem(
             codec, 8, 2, 128, 16, torch.bfloat16, None, q_len=q_len, kv_len=[600, 35]
         )
         want = ref.kv4_attn(q, cache, batch, scale=128**-0.5, **how)
@@ -174,7 +118,7 @@ def test_scales_of_any_size(kernel):
 @pytest.mark.parametrize("longest", [9000, pytest.param(131_072, marks=pytest.mark.slow)])
 def test_one_giant_among_tiny_requests(kernel, longest):
     kv_len = [longest] + [1 + i % 40 for i in range(63)]
-    q, cache, batch, _ = problem(
+    q, cache, batch, _ = coded_problem(
         "k4v4", 8, 2, 128, 64, torch.bfloat16, None, q_len=[1] * 64, kv_len=kv_len
     )
     want = ref.kv4_attn(q, cache, batch, scale=128**-0.5)
@@ -185,7 +129,7 @@ def test_one_giant_among_tiny_requests(kernel, longest):
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_nothing_but_the_result_is_written(kernel):
-    q, cache, batch, _ = problem("k4v4", 8, 2, 64, 16, torch.bfloat16, MIXED)
+    q, cache, batch, _ = coded_problem("k4v4", 8, 2, 64, 16, torch.bfloat16, MIXED)
     out, around = poisoned_output(q.cuda())
     pages = cuda(cache)
     with force(kernel):
@@ -197,13 +141,13 @@ def test_nothing_but_the_result_is_written(kernel):
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_non_finite_queries_and_keys(kernel):
-    q, cache, batch, _ = problem("k4v4", 4, 2, 64, 16, torch.float16, None)
+    q, cache, batch, _ = coded_problem("k4v4", 4, 2, 64, 16, torch.float16, None)
     q[0, 1, 5], q[3, 2, 0] = torch.inf, torch.nan
     with force(kernel):
         bad = torch.isnan(attend(q, cache, batch)[0]).any(-1)
     assert bad.nonzero().tolist() == [[0, 1], [3, 2]]
     for spoil in ("k", "v"):
-        q, cache, batch, _ = problem(
+        q, cache, batch, _ = coded_problem(
             "k4v4", 4, 2, 64, 16, torch.float16, None, q_len=[8, 2], kv_len=[40, 40]
         )
         k, v = torch.randn(1, 2, 64), torch.randn(1, 2, 64)
@@ -265,7 +209,7 @@ def test_append_folds(dtype):
 
 
 def test_bad_input_is_refused():
-    q, cache, batch, _ = problem("k4v4", 8, 2, 64, 16, torch.bfloat16, None)
+    q, cache, batch, _ = coded_problem("k4v4", 8, 2, 64, 16, torch.bfloat16, None)
     args = (q.cuda(), cuda(cache), cuda(batch))
     with pytest.raises(RuntimeError, match="q: expected bfloat16 or float16 on cuda, got float32"):
         ops.kv4_attn(args[0].float(), *args[1:])

@@ -1,62 +1,23 @@
 """Attention over 16-bit pages: every body against the fp64 reference, under poison."""
 
-import functools
-
 import pytest
 import torch
 
+from attention_cases import MIXED, assert_close, gen, paged_case, paged_problem
 from tessella import _native, ops
 from tessella.formats_kv import KVPages, MsmBatch
 from tessella.ref import msm as ref
-from tessella.testing.attention import make_batch, poison_unused
+from tessella.testing.attention import make_batch
 from tessella.testing.force import environment, force, runnable
-from tessella.testing.metrics import relative_diff
 from tessella.testing.poison import assert_untouched, poisoned_output
 
 native = pytest.mark.skipif(not _native.HAS_OPS, reason="needs compiled kernels")
 KERNELS = [k for k in runnable("msm") if not k.endswith("bf16") or _native._C.cpu_isa().get("bf16")]
 HEADS = [(8, 2, 64, 16), (4, 4, 80, 32), (7, 1, 96, 64), (4, 2, 128, 16), (2, 1, 256, 48)]
-Q_LEN, KV_LEN = [1, 0, 5, 37, 1, 70, 9, 0], [300, 0, 5, 200, 1, 130, 64, 17]
-MIXED = ["full", "causal", "window", "tree", "tree", "tree", "causal", "full"]
 
 # |x - y|^2 / (|x|^2 + |y|^2): rounding of the result, and in bf16 bodies of q, k, v and p
 DIFF = {torch.float32: 1e-12, torch.float16: 1e-7, torch.bfloat16: 4e-6}
 DIFF_BF16_BODY = 1.2e-5
-
-
-def gen(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def problem(H, J, D, Z, dtype, mask=None, q_len=Q_LEN, kv_len=KV_LEN, seed=0):
-    """(q, pages, batch) with NaN wherever nothing may be read."""
-    g = gen(seed)
-    batch, P = make_batch(q_len, kv_len, Z, g, mask)
-    pages = torch.randn(P, J, 2, Z, D, generator=g).to(dtype)
-    poison_unused(pages, batch, Z)
-    return torch.randn(sum(q_len), H, D, generator=g).to(dtype), pages, batch
-
-
-def assert_close(got, want, limit):
-    (o, lse), (wo, wl) = got, want
-    assert torch.equal(torch.isnan(o), torch.isnan(wo))
-    assert relative_diff(o.nan_to_num(), wo.nan_to_num()) <= limit
-    dead = wl == -torch.inf
-    assert torch.equal(lse == -torch.inf, dead) and not o[dead].any()
-    assert float((lse - wl)[~dead].nan_to_num().abs().max()) < 2e-3
-
-
-@functools.cache
-def parity_case(H, J, D, Z, dtype):
-    """(q, pages, batch, keyword arguments, reference)."""
-    q, pages, batch = problem(H, J, D, Z, dtype, MIXED if D != 80 else None)
-    how = {
-        "scale": 0.9 * D**-0.5,
-        "window": 20,
-        "softcap": 5.0 if D in (64, 96) else 0.0,
-        "sinks": torch.randn(H, generator=gen(1)) if D in (64, 128) else None,
-    }
-    return q, pages, batch, how, ref.msm_attn(q, pages, batch, **how)
 
 
 @native
@@ -64,7 +25,7 @@ def parity_case(H, J, D, Z, dtype):
 @pytest.mark.parametrize("H, J, D, Z", HEADS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_parity(kernel, H, J, D, Z, dtype):
-    q, pages, batch, how, want = parity_case(H, J, D, Z, dtype)
+    q, pages, batch, how, want = paged_case(H, J, D, Z, dtype)
     limit = DIFF_BF16_BODY if kernel.endswith("bf16") and dtype == torch.bfloat16 else DIFF[dtype]
     with force(kernel):
         for plan in (None, ops.msm_plan(batch, H, J, window=20, units=9)):
@@ -76,7 +37,9 @@ def test_parity(kernel, H, J, D, Z, dtype):
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_split_and_unsplit_agree(kernel):
     mask = ["causal", "window", "tree"]
-    q, pages, batch = problem(4, 2, 64, 16, torch.float32, mask, [3, 40, 66], [2000, 700, 900])
+    q, pages, batch = paged_problem(
+        4, 2, 64, 16, torch.float32, mask, [3, 40, 66], [2000, 700, 900]
+    )
     cache = KVPages(pages)
     with force(kernel):
         whole = ops.msm_attn(q, cache, batch, window=333, lse=True, plan=plan_of(batch, 333, 1, 0))
@@ -95,7 +58,7 @@ def plan_of(batch, window, units, split):
 def test_a_fixed_split_is_batch_invariant():
     """The same request, alone and beside others, on any number of workers: the same bits."""
     q_len, kv_len = [2, 60, 1], [1500, 400, 5000]
-    q, pages, batch = problem(4, 2, 64, 16, torch.bfloat16, None, q_len, kv_len)
+    q, pages, batch = paged_problem(4, 2, 64, 16, torch.bfloat16, None, q_len, kv_len)
     plan = ops.msm_plan(batch, 4, 2, units=8, split=512)
     together = ops.msm_attn(q, KVPages(pages), batch, plan=plan)
     for b in range(3):
@@ -109,7 +72,7 @@ def test_a_fixed_split_is_batch_invariant():
 
 @native
 def test_results_do_not_depend_on_threads():
-    q, pages, batch = problem(8, 2, 64, 16, torch.float32, MIXED)
+    q, pages, batch = paged_problem(8, 2, 64, 16, torch.float32, MIXED)
     plan = ops.msm_plan(batch, 8, 2, window=7, units=3)
     before = torch.get_num_threads()
     try:
@@ -125,7 +88,7 @@ def test_results_do_not_depend_on_threads():
 @native
 def test_one_giant_among_tiny_requests():
     n, giant = 63, 20_000
-    q, pages, batch = problem(
+    q, pages, batch = paged_problem(
         4, 2, 64, 64, torch.bfloat16, None, [1] * (n + 1), [giant] + [1 + i % 40 for i in range(n)]
     )
     plan = ops.msm_plan(batch, 4, 2, units=8)
@@ -147,7 +110,7 @@ def test_requests_may_share_pages():
 
 @native
 def test_nothing_but_the_result_is_written():
-    q, pages, batch = problem(8, 2, 64, 16, torch.float32, MIXED)
+    q, pages, batch = paged_problem(8, 2, 64, 16, torch.float32, MIXED)
     out, around = poisoned_output(q)
     before = pages.clone()
     got = ops.msm_attn(q, KVPages(pages), batch, window=20, out=out)
@@ -159,7 +122,7 @@ def test_nothing_but_the_result_is_written():
 
 @native
 def test_nan_spoils_only_what_sees_it():
-    q, pages, batch = problem(4, 2, 64, 16, torch.float32, None, [8, 2], [40, 40])
+    q, pages, batch = paged_problem(4, 2, 64, 16, torch.float32, None, [8, 2], [40, 40])
     page, at = int(batch.block_table[0, 34 // 16]), 34 % 16
     pages[page, 1, 0, at, 3] = torch.nan  # key 34 of request 0, kv head 1
     out = ops.msm_attn(q, KVPages(pages), batch)
@@ -172,7 +135,7 @@ def test_nan_spoils_only_what_sees_it():
 
 @native
 def test_strided_queries_and_empty_batches():
-    q, pages, batch = problem(4, 2, 64, 16, torch.float32)
+    q, pages, batch = paged_problem(4, 2, 64, 16, torch.float32)
     wide = torch.randn(len(q), 12, 64)
     wide[:, 4:8] = q
     cache = KVPages(pages)
@@ -248,7 +211,7 @@ def bad_calls():
 @native
 @pytest.mark.parametrize("what, change, message", bad_calls(), ids=lambda x: x if x else "")
 def test_bad_input_is_refused_before_any_work(what, change, message):
-    q, pages, b = problem(8, 2, 64, 16, torch.float32, MIXED)
+    q, pages, b = paged_problem(8, 2, 64, 16, torch.float32, MIXED)
     args = {"q": q, "pages": pages} | {f: getattr(b, f) for f in MsmBatch.__dataclass_fields__}
     args |= {"scale": 0.1, "window": 20, "softcap": 0.0, "sinks": None, "plan": None}
     names = (
@@ -267,14 +230,14 @@ def test_bad_input_is_refused_before_any_work(what, change, message):
 
 @native
 def test_gradients_are_refused():
-    q, pages, batch = problem(4, 2, 64, 16, torch.float32)
+    q, pages, batch = paged_problem(4, 2, 64, 16, torch.float32)
     with pytest.raises(RuntimeError, match="no gradient"):
         ops.msm_attn(q.requires_grad_(), KVPages(pages), batch)
 
 
 @native
 def test_opcheck_fake_and_compile():
-    q, pages, b = problem(4, 2, 64, 16, torch.float32, MIXED)
+    q, pages, b = paged_problem(4, 2, 64, 16, torch.float32, MIXED)
     fields = (b.block_table, b.cu_q, b.kv_len, b.mask, b.tree_bits, b.tree_row)
     args = (q, pages, *fields, 0.125, 20, 0.0, None, None, 0)
     checks = ("test_schema", "test_faketensor")
@@ -302,7 +265,7 @@ def test_the_stand_in_agrees():
     """The op without compiled kernels is the reference."""
     from tessella.ops import msm
 
-    q, pages, b = problem(4, 2, 64, 16, torch.float32)
+    q, pages, b = paged_problem(4, 2, 64, 16, torch.float32)
     batch = (b.block_table, b.cu_q, b.kv_len, None, None, None, 0.125, 0, 0.0, None, None, 0)
     out, lse = msm._ref_attn(q, pages, *batch, True)
     got, sums = torch.ops.tessella.msm_attn(q, pages, *batch, True)

@@ -1,14 +1,12 @@
 """Attention over 16-bit pages on a GPU: every body against the fp64 reference, under poison."""
 
-import functools
-
 import pytest
 import torch
 
+from attention_cases import MIXED, assert_close, gen, paged_case, paged_problem
 from tessella import ops
 from tessella.formats_kv import KVPages, MsmBatch
 from tessella.ref import msm as ref
-from tessella.testing.attention import make_batch, poison_unused
 from tessella.testing.force import force, gpu_kernels
 from tessella.testing.metrics import relative_diff
 from tessella.testing.poison import assert_untouched, poisoned_output
@@ -23,28 +21,13 @@ HEADS = [
     (2, 1, 256, 48),
     (24, 1, 128, 64),
 ]
-Q_LEN, KV_LEN = [1, 0, 5, 37, 1, 70, 9, 0], [300, 0, 5, 200, 1, 130, 64, 17]
-MIXED = ["full", "causal", "window", "tree", "tree", "tree", "causal", "full"]
 DTYPES = [torch.bfloat16, torch.float16]
 # |x - y|^2 / (|x|^2 + |y|^2): rounding of probabilities and of the result
 DIFF = {torch.float16: 3e-7, torch.bfloat16: 1.2e-5}
 
 
-def gen(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
 def on_gpu(batch: MsmBatch) -> MsmBatch:
     return MsmBatch(*(None if t is None else t.cuda() for t in vars(batch).values()))
-
-
-def problem(H, J, D, Z, dtype, mask=None, q_len=Q_LEN, kv_len=KV_LEN, seed=0):
-    """(q, pages, batch) on the CPU with NaN wherever nothing may be read."""
-    g = gen(seed)
-    batch, P = make_batch(q_len, kv_len, Z, g, mask)
-    pages = torch.randn(P, J, 2, Z, D, generator=g).to(dtype)
-    poison_unused(pages, batch, Z)
-    return torch.randn(sum(q_len), H, D, generator=g).to(dtype), pages, batch
 
 
 def attend(q, pages, batch, plan=None, **how):
@@ -57,33 +40,11 @@ def attend(q, pages, batch, plan=None, **how):
     return tuple(t.cpu() for t in out)
 
 
-def assert_close(got, want, limit):
-    (o, lse), (wo, wl) = got, want
-    assert torch.equal(torch.isnan(o), torch.isnan(wo))
-    diff = relative_diff(o.nan_to_num(), wo.nan_to_num())
-    assert diff <= limit, f"{diff:.2e} > {limit:.0e}"
-    dead = wl == -torch.inf
-    assert torch.equal(lse == -torch.inf, dead) and not o[dead].any()
-    assert float((lse - wl)[~dead].nan_to_num().abs().max()) < 2e-3
-
-
-@functools.cache
-def parity_case(H, J, D, Z, dtype):
-    q, pages, batch = problem(H, J, D, Z, dtype, MIXED if D != 80 else None)
-    how = {
-        "scale": 0.9 * D**-0.5,
-        "window": 20,
-        "softcap": 5.0 if D in (64, 96) else 0.0,
-        "sinks": torch.randn(H, generator=gen(1)) if D in (64, 128) else None,
-    }
-    return q, pages, batch, how, ref.msm_attn(q, pages, batch, **how)
-
-
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("H, J, D, Z", HEADS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_parity(kernel, H, J, D, Z, dtype):
-    q, pages, batch, how, want = parity_case(H, J, D, Z, dtype)
+    q, pages, batch, how, want = paged_case(H, J, D, Z, dtype)
     plans = [
         ops.msm_plan(batch, H, J, window=20, units=u, split=s)
         for u, s in ((9, 0), (1, 0), (3, 256))
@@ -103,7 +64,7 @@ def test_decode_and_verify_of_every_group(kernel, G, q):
     kv_len = [q, q + 1, 63, 64, 65, 127, 500, 1030]
     D, dtype = 128, torch.bfloat16
     for mask in ("causal", "tree"):
-        args = problem(2 * G, 2, D, 16, dtype, [mask] * 8, [q] * 8, kv_len, seed=G)
+        args = paged_problem(2 * G, 2, D, 16, dtype, [mask] * 8, [q] * 8, kv_len, seed=G)
         want = ref.msm_attn(*args, scale=D**-0.5)
         with force(kernel):
             for units in (1, 64):
@@ -114,7 +75,9 @@ def test_decode_and_verify_of_every_group(kernel, G, q):
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_runs_and_replays_give_the_same_bits(kernel):
-    q, pages, batch = problem(8, 2, 64, 16, torch.bfloat16, None, [1] * 5, [3000, 7, 700, 64, 1])
+    q, pages, batch = paged_problem(
+        8, 2, 64, 16, torch.bfloat16, None, [1] * 5, [3000, 7, 700, 64, 1]
+    )
     plan = ops.msm_plan(batch, 8, 2, units=200)
     assert int(plan[7]) > 0
     buffer = torch.zeros(4096, dtype=torch.int32, device="cuda")
@@ -147,7 +110,7 @@ def test_runs_and_replays_give_the_same_bits(kernel):
 def test_split_one(kernel):
     """A few keys, split and merged: small enough to run under compute-sanitizer."""
     for q_len in ([1, 1], [8, 3]):
-        q, pages, batch = problem(8, 2, 128, 16, torch.bfloat16, None, q_len, [600, 35])
+        q, pages, batch = paged_problem(8, 2, 128, 16, torch.bfloat16, None, q_len, [600, 35])
         want = ref.msm_attn(q, pages, batch, scale=128**-0.5)
         with force(kernel):
             for plan in (ops.msm_plan(batch, 8, 2, units=8, split=256), None):
@@ -156,7 +119,7 @@ def test_split_one(kernel):
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_nothing_but_the_result_is_written(kernel):
-    q, pages, batch = problem(8, 2, 64, 16, torch.bfloat16, MIXED)
+    q, pages, batch = paged_problem(8, 2, 64, 16, torch.bfloat16, MIXED)
     out, around = poisoned_output(q.cuda())
     cache = KVPages(pages.cuda())
     before = cache.pages.clone()
@@ -171,7 +134,7 @@ def test_nothing_but_the_result_is_written(kernel):
 @pytest.mark.parametrize("longest", [20_000, pytest.param(131_072, marks=pytest.mark.slow)])
 def test_one_giant_among_tiny_requests(kernel, longest):
     kv_len = [longest] + [1 + i % 40 for i in range(63)]
-    q, pages, batch = problem(4, 2, 64, 64, torch.bfloat16, None, [1] * 64, kv_len)
+    q, pages, batch = paged_problem(4, 2, 64, 64, torch.bfloat16, None, [1] * 64, kv_len)
     want = ref.msm_attn(q, pages, batch, scale=64**-0.5)
     with force(kernel):
         for plan in (ops.msm_plan(batch, 4, 2, units=264), None):
@@ -221,7 +184,7 @@ def test_append(dtype, D, R):
 
 
 def test_nan_spoils_only_what_sees_it():
-    q, pages, batch = problem(4, 2, 64, 16, torch.bfloat16, None, [8, 2], [40, 40])
+    q, pages, batch = paged_problem(4, 2, 64, 16, torch.bfloat16, None, [8, 2], [40, 40])
     page, at = int(batch.block_table[0, 34 // 16]), 34 % 16
     pages[page, 1, 0, at, 3] = torch.nan  # key 34 of request 0, kv head 1
     bad = torch.isnan(attend(q, pages, batch)[0])
@@ -231,7 +194,7 @@ def test_nan_spoils_only_what_sees_it():
 
 
 def test_strided_queries_and_empty_batches():
-    q, pages, batch = problem(4, 2, 64, 16, torch.float16)
+    q, pages, batch = paged_problem(4, 2, 64, 16, torch.float16)
     wide = torch.randn(len(q), 12, 64).half().cuda()
     wide[:, 4:8] = q.cuda()
     cache, b = KVPages(pages.cuda()), on_gpu(batch)
@@ -242,7 +205,7 @@ def test_strided_queries_and_empty_batches():
 
 
 def test_bad_input_is_refused():
-    q, pages, batch = problem(4, 2, 64, 16, torch.bfloat16)
+    q, pages, batch = paged_problem(4, 2, 64, 16, torch.bfloat16)
     cache, b = KVPages(pages.cuda()), on_gpu(batch)
     for args, how, message in [
         ((q.cuda().half(), cache, b), {}, "pages: expected pages of q's dtype"),
@@ -257,7 +220,7 @@ def test_bad_input_is_refused():
 
 
 def test_opcheck_and_compile():
-    q, pages, batch = problem(4, 2, 64, 16, torch.bfloat16, MIXED)
+    q, pages, batch = paged_problem(4, 2, 64, 16, torch.bfloat16, MIXED)
     b, clean = on_gpu(batch), pages.nan_to_num().cuda()
     fields = (b.block_table, b.cu_q, b.kv_len, b.mask, b.tree_bits, b.tree_row)
     args = (q.cuda(), clean, *fields, 0.125, 20, 0.0, None, None, 0)
