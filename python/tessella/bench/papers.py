@@ -230,21 +230,22 @@ def _deco_memory(results: Results) -> Ours:
 
 
 def _mla_folds(results: Results) -> Ours:
-    """What adaptive folds take off the degradation that the best fold for all layers leaves."""
+    """What layers of their own folds, or bands, take off the loss of the best fold for all."""
     original = {r["model"]: r["ppl"] for r in results(MLA) if not r.get("latent")}
     losses: dict[tuple, dict[str, float]] = {}
     for r in results(MLA, kv=None):
         latent = r.get("latent")
         if not latent or latent["hadamard"] or latent["healed"] or latent["ranks"]:
             continue
-        kind = "adaptive" if latent["fold"] == "adaptive" else "fixed"
+        kind = latent["fold"] if latent["fold"] in ("adaptive", "bands") else "fixed"
         of = losses.setdefault((r["model"], int(latent["rank"]), latent["rope"]), {})
         loss = r["ppl"] - original[r["model"]]
         of[kind] = min(of.get(kind, loss), loss)
     parts = [
-        f"{round(100 - 100 * of['adaptive'] / of['fixed']) + 0} % ({model}, {rank} + {rope})"
+        f"{kind} {round(100 - 100 * of[kind] / of['fixed']) + 0} % ({model}, {rank} + {rope})"
         for (model, rank, rope), of in losses.items()
-        if len(of) == 2
+        for kind in ("bands", "adaptive")
+        if {kind, "fixed"} <= of.keys()
     ]
     if not parts:
         return _missing(MLA, "the papers' models are not here, small ones will do: ")
