@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -115,6 +117,18 @@ def test_integers_are_exact_in_every_kernel(T, G, panels, K, first, stride, sche
                 assert torch.equal(got[:, g].long(), exact), f"{kernel} group {g}"
     finally:
         torch.set_num_threads(before)
+
+
+@native
+def test_the_stand_in_is_the_same_op(rng):
+    """What serves devices without a kernel, with every argument that moves something."""
+    w = random_weight("g64", 448, 200, rng)
+    perm = torch.randperm(200, generator=rng).int()
+    args = (ops.w4_pack(w).blob, "g64", 448, 64, 64, 128, 128, "class", perm)
+    for T in (0, 1, 9):
+        x = torch.randn(T, 3, 200, generator=rng)
+        stand_in = sys.modules["tessella.ops.w4ax_gemm"]._ref_grouped(x, *args)
+        assert_gemm_close(op(x, *args), stand_in.double(), f"T{T}")
 
 
 @native
