@@ -164,6 +164,21 @@ def test_generate_of_transformers_with_beams(lm, rng):
     assert torch.equal(got, want)
 
 
+@pytest.mark.parametrize("scheme", ["w4a8", "w4a8-g128", "w4a8-b128", "w4a4"])
+def test_four_bit_models_absorb_by_grouped_products(scheme, rng):
+    """In whole panels: two a layer, near the expanded form, which multiplies the same weights."""
+    lm = model(qk_nope_head_dim=64, v_head_dim=128).bfloat16()
+    for layer in lm.model.layers:
+        attention = layer.self_attn
+        attention.kv_b_proj = W4AxLinear.from_linear(attention.kv_b_proj, PRESETS[scheme])
+    ids = torch.randint(5, 90, (1, sum(SIZES)), generator=rng)
+    with torch.profiler.profile() as profile:
+        got = pieces(lm, ids, SIZES, paged_cache(lm, "mla-bf16"))
+    calls = [e.name for e in profile.events()].count("tessella::w4ax_grouped")
+    assert calls == (2 * 2 * len(SIZES) if _native.HAS_OPS else 0)
+    assert relative_diff(got, whole(lm, ids)) < (1e-2 if scheme == "w4a4" else 1e-3)
+
+
 def test_four_bit_linears_absorb_the_weight_that_they_multiply(rng):
     lm = model().bfloat16()
     for layer in lm.model.layers:
