@@ -10,17 +10,20 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import tiny
 from command import answer_of, refused, run
+from tessella import _native
 from tessella.integrations import hf
 from tessella.integrations.paged import paged_cache
 from tessella.integrations.runner import Runner
 from tessella.kv import step
 from tessella.kv.cache import CacheShape, PagedKVCache
 from tessella.models import absorb
-from tessella.models.absorb import HeadLinears, absorbed_weights, multiply_heads
+from tessella.models.absorb import CodedHeads, DenseHeads, absorbed
 from tessella.models.linear import W4AxLinear
 from tessella.quant import kv
+from tessella.quant.fmpq import rotate_blocks
 from tessella.quant.recipe import PRESETS
 from tessella.ref import mla as ref
+from tessella.ref.w4ax_gemm import w4_dequant
 from tessella.testing.metrics import relative_diff
 
 
@@ -161,6 +164,21 @@ def test_generate_of_transformers_with_beams(lm, rng):
     assert torch.equal(got, want)
 
 
+@pytest.mark.parametrize("scheme", ["w4a8", "w4a8-g128", "w4a8-b128", "w4a4"])
+def test_four_bit_models_absorb_by_grouped_products(scheme, rng):
+    """In whole panels: two a layer, near the expanded form, which multiplies the same weights."""
+    lm = model(qk_nope_head_dim=64, v_head_dim=128).bfloat16()
+    for layer in lm.model.layers:
+        attention = layer.self_attn
+        attention.kv_b_proj = W4AxLinear.from_linear(attention.kv_b_proj, PRESETS[scheme])
+    ids = torch.randint(5, 90, (1, sum(SIZES)), generator=rng)
+    with torch.profiler.profile() as profile:
+        got = pieces(lm, ids, SIZES, paged_cache(lm, "mla-bf16"))
+    calls = [e.name for e in profile.events()].count("tessella::w4ax_grouped")
+    assert calls == (2 * 2 * len(SIZES) if _native.HAS_OPS else 0)
+    assert relative_diff(got, whole(lm, ids)) < (1e-2 if scheme == "w4a4" else 1e-3)
+
+
 def test_four_bit_linears_absorb_the_weight_that_they_multiply(rng):
     lm = model().bfloat16()
     for layer in lm.model.layers:
@@ -171,37 +189,57 @@ def test_four_bit_linears_absorb_the_weight_that_they_multiply(rng):
     got, want = pieces(lm, ids, (40,), cache), whole(lm, ids)
     assert relative_diff(got, want) < 1e-3
     attention = lm.model.layers[0].self_attn
-    first = absorbed_weights(attention, torch.bfloat16)
-    again = absorbed_weights(attention, torch.bfloat16)
-    assert first[0].data_ptr() == again[0].data_ptr()
+    heads = absorbed(attention, torch.bfloat16)  # 24 key rows a head are no whole panels
+    assert isinstance(heads, DenseHeads) and absorbed(attention, torch.bfloat16) is heads
     assert absorb._MEMO not in dict(attention.named_buffers()) | dict(attention.named_parameters())
-    assert first[0].shape == (5, 24, 64) and first[1].shape == (5, 40, 64)
+    assert heads.keys.shape == (5, 24, 64) and heads.values.shape == (5, 40, 64)
+    attention.kv_b_proj.load_state_dict(lm.model.layers[0].self_attn.kv_b_proj.state_dict())
+    assert absorbed(attention, torch.bfloat16) is not heads  # its codes may be others
 
 
-def test_a_permuted_four_bit_weight_is_put_back():
-    class Attention(torch.nn.Module):
-        num_heads, qk_nope_head_dim = 2, 16
+class Heads(torch.nn.Module):
+    """What an attention shows of itself to `absorbed`."""
 
-    torch.manual_seed(0)
-    perm = torch.randperm(128)
-    weight = torch.randn(64, 128)
-    attention = Attention()
-    q = PRESETS["w4a8"].quantize(weight[:, perm])
-    attention.kv_b_proj = W4AxLinear(q, perm=perm.int())
-    up = torch.cat(absorbed_weights(attention, torch.float32), 1).flatten(0, 1)
+    def __init__(self, heads, D, linear):
+        super().__init__()
+        self.num_heads, self.qk_nope_head_dim, self.kv_b_proj = heads, D, linear
+
+
+@pytest.mark.parametrize("hadamard", [False, True])
+def test_a_permuted_or_rotated_four_bit_weight_is_put_back(hadamard, rng):
+    perm, weight = torch.randperm(256, generator=rng), torch.randn(48, 256, generator=rng)
+    w = rotate_blocks(weight[:, perm], 128) if hadamard else weight[:, perm]
+    linear = W4AxLinear(
+        PRESETS["w4a8"].quantize(w), perm=perm.int(), k8=128, granularity="class", hadamard=hadamard
+    )
+    heads = absorbed(Heads(2, 16, linear), torch.float32)
+    up = torch.cat((heads.keys, heads.values), 1).flatten(0, 1)
     assert float((up - weight).norm() / weight.norm()) < 0.15
 
 
 @pytest.mark.parametrize("T", [0, 1, 3, 17])
-def test_absorbed_products(T, rng):
-    q, w_uk = torch.randn(T, 7, 128, generator=rng), torch.randn(7, 128, 64, generator=rng)
-    got = multiply_heads(q, w_uk)
-    assert relative_diff(got, ref.absorb_query(q, w_uk)) < 1e-12
-    o, w_uv = torch.randn(T, 7, 64, generator=rng), torch.randn(7, 128, 64, generator=rng)
-    want = ref.absorb_value(o, w_uv)
-    assert relative_diff(multiply_heads(o, w_uv.transpose(1, 2)), want) < 1e-12
-    four_bit = HeadLinears(w_uv, PRESETS["w4a8"])(o)
-    assert four_bit.shape == want.shape and relative_diff(four_bit, want) < 0.02
+@pytest.mark.parametrize("D", [64, 128])
+def test_absorbed_products(T, D, rng):
+    """In full precision; and with a 4-bit weight, against its real values."""
+    H, E, L = 3, 64, 128
+    q, o = (torch.randn(T, H, n, generator=rng) for n in (D, L))
+    linear = torch.nn.Linear(L, H * (D + E), bias=False).requires_grad_(False)
+
+    def want(weight):
+        w_HNL = weight.view(H, D + E, L)
+        return ref.absorb_query(q, w_HNL[:, :D]), ref.absorb_value(o, w_HNL[:, D:])
+
+    heads = absorbed(Heads(H, D, linear), torch.float32)
+    for got, exact in zip((heads.queries(q), heads.outputs(o)), want(linear.weight)):
+        assert relative_diff(got, exact) < 1e-12
+    perm = torch.randperm(L, generator=rng)
+    coded = W4AxLinear(PRESETS["w4a8"].quantize(linear.weight[:, perm]), perm=perm.int())
+    heads = absorbed(Heads(H, D, coded), torch.float32)
+    real = torch.empty(H * (D + E), L)
+    real[:, perm] = w4_dequant(coded.weight(), torch.float32)
+    assert isinstance(heads, CodedHeads if _native.HAS_OPS else DenseHeads)
+    for got, exact in zip((heads.queries(q), heads.outputs(o)), want(real)):
+        assert got.shape == exact.shape and relative_diff(got, exact) < 3e-4
 
 
 def test_what_does_not_fit_is_refused(lm):

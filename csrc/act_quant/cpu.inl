@@ -114,7 +114,7 @@ void silu_mul_row(const Params& p, int64_t m, float* out) {
 template <class T>
 void source_row(const Params& p, int64_t m, float* out, float* spare) {
   float* first = p.perm ? spare : out;
-  if (p.source == Source::kPlain) load_row(static_cast<const T*>(p.x) + m * p.stride, p.K, first);
+  if (p.source == Source::kPlain) load_row(static_cast<const T*>(p.x) + p.row(m), p.K, first);
   if (p.source == Source::kRmsNorm) rms_norm_row<T>(p, m, first);
   if (p.source == Source::kSiluMul) silu_mul_row<T>(p, m, first);
   if (p.y != nullptr) {

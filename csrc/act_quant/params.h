@@ -25,6 +25,9 @@ struct Params {
   int32_t* sums;        // [Kp/128][M]
   float* scales;        // [M] | [2][M] | [Kp/128][M]
   int64_t M, K, Kp, K8, stride;
+  // CPU, plain source: where not 0, x is [tokens][groups][K], groups `group_stride` elements apart,
+  // and rows are quantised in the order of groups: row m is token m % tokens of group m / tokens.
+  int64_t tokens, group_stride;
   DType dtype;
   Granularity granularity;
 
@@ -35,6 +38,11 @@ struct Params {
   void* y;             // RMS norm: what is quantised, as `dtype`, [M][K]; or null
   int64_t other_stride;
   float eps;
+
+  // Where row m of x starts.
+  int64_t row(int64_t m) const {
+    return tokens == 0 ? m * stride : m % tokens * stride + m / tokens * group_stride;
+  }
 };
 
 constexpr uint32_t kTinyBits = (127u - 100u) << 23;  // 2^-100

@@ -37,6 +37,30 @@ inline void check_weight(const char* op, Params& p, const Tensor& w, const std::
     p.bias = bias->const_data_ptr();
   }
   p.w = w.const_data_ptr<uint8_t>();
+  p.groups = {1, p.panel.panels(), 0, 0};
+  p.columns = N;
+}
+
+// G groups of `features` out features each, the first one's from `first` on and the others'
+// `stride` apart; all in whole panels.
+inline void check_groups(const char* op, Params& p, int64_t G, int64_t features, int64_t first,
+                         int64_t stride) {
+  constexpr int64_t kN = layout::W4Panel::kN;
+  const int64_t least[] = {kN, 0, 0}, given[] = {features, first, stride};
+  const char* names[] = {"features", "first", "stride"};
+  for (int i = 0; i < 3; ++i)
+    if (given[i] < least[i] || given[i] % kN != 0)
+      refuse(Arg{op, names[i]}, "a multiple of 64 from " + std::to_string(least[i]) + " on",
+             given[i]);
+  if (first > p.panel.N || features > p.panel.N || (G > 1 && stride > p.panel.N) ||
+      first + (G - 1) * stride + features > p.panel.N)
+    refuse(Arg{op, "N"},
+           "at least first + (G - 1) * stride + features = " + std::to_string(first) + " + " +
+               std::to_string(G - 1) + " * " + std::to_string(stride) + " + " +
+               std::to_string(features),
+           p.panel.N);
+  p.groups = {G, features / kN, first / kN, stride / kN};
+  p.columns = G * features;
 }
 
 inline Params check(const char* op, const Tensor& codes8, const Tensor& codes4, const Tensor& sums,

@@ -22,11 +22,16 @@ constexpr int kPrefetchBytes = 4096;          // one block ahead
 
 // What a task keeps between blocks.
 struct Task {
-  Task(const Params& params, int64_t panel_index, int64_t first_row, int64_t row_count)
-      : p(params), panel(panel_index), m0(first_row), rows(row_count) {}  // arrays stay unset
+  // i: of the plan's tasks; m: its first token of its group. Arrays stay unset.
+  Task(const Params& params, int64_t i, int64_t m, int64_t tokens, int64_t most)
+      : p(params),
+        panel(p.groups.first + i / p.groups.panels * p.groups.step + i % p.groups.panels),
+        m0(i / p.groups.panels * tokens + m),
+        rows(tokens - m < most ? tokens - m : most),
+        at(m * p.columns + i * kPanel) {}
 
   const Params& p;
-  int64_t panel, m0, rows;
+  int64_t panel, m0, rows, at;  // at: of its first result, in out
   const int groups = p.panel.scheme == Scheme::kGroup ? p.panel.rows() : 1;  // of a block
   const uint8_t* zeros = nullptr;                     // channel scheme: z [64]
   alignas(64) float totals[kMostChunkRows * kPanel];  // int32 or fp32, see Mode
@@ -291,7 +296,7 @@ inline void store(const Task& t, const float* y) {
   if constexpr (M::kScheme != Scheme::kGroup)
     __builtin_memcpy(scale, p.w + p.panel.channel_scale(n0), sizeof(scale));
   for (int64_t r = 0; r < t.rows; ++r) {
-    T* to = static_cast<T*>(p.out) + (t.m0 + r) * p.panel.N + n0;
+    T* to = static_cast<T*>(p.out) + t.at + r * p.columns;
     for (int n = 0; n < kPanel; n += kLanes) {
       const VF f = fma(load_f(y + r * kPanel + n), load_f(scale + n), load_f(bias + n));
       if (n + kLanes <= valid)
@@ -325,11 +330,10 @@ inline void run_task(Task& t) {
 
 template <bool kDecoded, int kVecs, int... kRows>
 inline void run_tasks(const Params& p, int64_t chunk_rows, int64_t begin, int64_t end) {
-  const int64_t chunks = ceil_div(p.M, chunk_rows);
+  const int64_t tokens = p.M / p.groups.count, chunks = ceil_div(tokens, chunk_rows);
   const bool per_block = p.granularity == Granularity::kBlock;
   for (int64_t i = begin; i < end; ++i) {
-    const int64_t m0 = i % chunks * chunk_rows;
-    Task t(p, i / chunks, m0, p.M - m0 < chunk_rows ? p.M - m0 : chunk_rows);
+    Task t(p, i / chunks, i % chunks * chunk_rows, tokens, chunk_rows);
     auto run = [&](auto scheme, auto blocks) {
       run_task<Mode<decltype(scheme)::value, decltype(blocks)::value, kDecoded>, kVecs, kRows...>(
           t);

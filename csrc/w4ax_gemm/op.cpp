@@ -1,4 +1,4 @@
-// Torch entries of w4ax_gemm, w4ax_linear, w4_pack and w4_unpack.
+// Torch entries of w4ax_gemm, w4ax_linear, w4ax_grouped, w4_pack and w4_unpack.
 #include <tuple>
 
 #include "act_quant/check.h"
@@ -43,7 +43,8 @@ static void run([[maybe_unused]] const char* op, Params& p, const Tensor& like, 
     sum_groups(p, sums.mutable_data_ptr<int32_t>());
     p.sums = sums.const_data_ptr<int32_t>();
   }
-  const Problem problem{p.M, p.panel.N, p.panel.Kp, int(torch::stable::get_num_threads())};
+  const Problem problem{p.M / p.groups.count, p.columns, p.panel.Kp,
+                        int(torch::stable::get_num_threads())};
   const Plan chosen = plan(problem, env().best_isa);
   if (env().log_plan) log_plan(to_string(problem, chosen));
   run_cpu(p, chosen);
@@ -87,18 +88,9 @@ static Tensor quantise(const char* op, act_quant::Params& q, const Tensor& x) {
   return buffer;
 }
 
-static Tensor w4ax_linear(const Tensor& x, const Tensor& w, const std::string& scheme, int64_t N,
-                          int64_t k8, const std::string& granularity,
-                          const std::optional<Tensor>& perm, const std::optional<Tensor>& bias) {
-  const char* op = "w4ax_linear";
-  act_quant::Params q = act_quant::check(op, x, k8, granularity, perm);
-  Params p{};
-  p.M = q.M;
-  p.K8 = q.K8;
-  p.dtype = q.dtype;
-  p.granularity = q.granularity;
-  check_weight(op, p, w, scheme, N, q.Kp, bias, x.scalar_type(), x);
-  Tensor out = torch::stable::new_empty(x, {p.M, N}, x.scalar_type());
+// Quantises x as q says, and multiplies the codes as p says.
+static Tensor linear(const char* op, act_quant::Params& q, Params& p, const Tensor& x,
+                     const Tensor& out) {
   if (p.M == 0) return out;
   const Tensor buffer = quantise(op, q, x);
   p.x8 = q.codes8;
@@ -107,6 +99,37 @@ static Tensor w4ax_linear(const Tensor& x, const Tensor& w, const std::string& s
   p.scales = q.scales;
   run(op, p, buffer, out);
   return out;
+}
+
+static Params params_of(const act_quant::Params& q) {
+  Params p{};
+  p.M = q.M;
+  p.K8 = q.K8;
+  p.dtype = q.dtype;
+  p.granularity = q.granularity;
+  return p;
+}
+
+static Tensor w4ax_linear(const Tensor& x, const Tensor& w, const std::string& scheme, int64_t N,
+                          int64_t k8, const std::string& granularity,
+                          const std::optional<Tensor>& perm, const std::optional<Tensor>& bias) {
+  const char* op = "w4ax_linear";
+  act_quant::Params q = act_quant::check(op, x, k8, granularity, perm);
+  Params p = params_of(q);
+  check_weight(op, p, w, scheme, N, q.Kp, bias, x.scalar_type(), x);
+  return linear(op, q, p, x, torch::stable::new_empty(x, {p.M, N}, x.scalar_type()));
+}
+
+static Tensor w4ax_grouped(const Tensor& x, const Tensor& w, const std::string& scheme, int64_t N,
+                           int64_t features, int64_t first, int64_t stride, int64_t k8,
+                           const std::string& granularity, const std::optional<Tensor>& perm) {
+  const char* op = "w4ax_grouped";
+  act_quant::Params q = act_quant::check(op, x, k8, granularity, perm, true);
+  Params p = params_of(q);
+  check_weight(op, p, w, scheme, N, q.Kp, std::nullopt, x.scalar_type(), x);
+  const int64_t T = x.size(0), G = x.size(1);
+  check_groups(op, p, G, features, first, stride);
+  return linear(op, q, p, x, torch::stable::new_empty(x, {T, G, features}, x.scalar_type()));
 }
 
 // Two-level bytes q * s1 + a must not pass 255; only a malformed weight can.
@@ -199,6 +222,7 @@ STABLE_TORCH_LIBRARY_IMPL(tessella, CPU, m) {
   m.impl("w4ax_gemm", TORCH_BOX(&w4ax_gemm));
   m.impl("w4ax_gemm_out", TORCH_BOX(&w4ax_gemm_out));
   m.impl("w4ax_linear", TORCH_BOX(&w4ax_linear));
+  m.impl("w4ax_grouped", TORCH_BOX(&w4ax_grouped));  // on CUDA the reference: one product a group
   m.impl("w4_pack", TORCH_BOX(&w4_pack));
   m.impl("w4_unpack", TORCH_BOX(&w4_unpack));
 }

@@ -15,6 +15,13 @@
 
 namespace tessella::w4ax_gemm {
 
+// Which rows meet which panels. A plain product has one group. Of a grouped one (w4ax_grouped) rows
+// g * M / count.. are the tokens of group g; they meet `panels` panels from first + g * step on,
+// and the results lie behind one another in a row of out.
+struct Groups {
+  int64_t count, panels, first, step;
+};
+
 struct Params {
   const int8_t* x8;       // [K8/128][M][128]
   const int8_t* x4;       // [(Kp-K8)/128][M][128]: INT4 codes widened to bytes by the caller
@@ -23,11 +30,13 @@ struct Params {
   const float* scales;    // [M] | [2][M] | [Kp/128][M]
   const uint8_t* w;       // panels, layout/w4.h (CPU) or layout/w4_frag.h (CUDA)
   const void* bias;       // [N] of `dtype`, or null
-  void* out;              // [M][N] of `dtype`
+  void* out;              // [M][N] of `dtype`; grouped: [M / count][columns]
   int64_t M, K8;
   layout::W4Panel panel;  // N, Kp, G, scheme
   DType dtype;
   Granularity granularity;
+  Groups groups;    // CPU
+  int64_t columns;  // of out
 
   const int8_t* x(int64_t block) const {
     const int64_t B8 = K8 / 128;

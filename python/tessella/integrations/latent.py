@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tessella.integrations.paged import PAGE_SIZE, PagedCache, PagedLayer
 from tessella.kv.cache import CacheShape
-from tessella.models.absorb import absorbed_weights, multiply_heads
+from tessella.models.absorb import absorbed
 
 
 class LatentLayer(PagedLayer):
@@ -43,9 +43,9 @@ class LatentLayer(PagedLayer):
                 self.index, torch.cat(queries, -1), _expander(attention, latent.dtype), **how
             )
         else:
-            up_K, up_V = absorbed_weights(attention, latent.dtype)
-            q = torch.cat((multiply_heads(queries[0], up_K), queries[1]), -1)
-            out = multiply_heads(step.attend(self.index, q, *new, **how), up_V.transpose(1, 2))
+            heads = absorbed(attention, latent.dtype)
+            q = torch.cat((heads.queries(queries[0]), queries[1]), -1)
+            out = heads.outputs(step.attend(self.index, q, *new, **how))
         B, H, S, _ = q_nope.shape
         if real is not None:
             whole = out.new_zeros(B * S, *out.shape[1:])

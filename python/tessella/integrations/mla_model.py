@@ -128,7 +128,8 @@ class MLAAttention(nn.Module):
             attention = ALL_ATTENTION_FUNCTIONS.get_interface(
                 self.config._attn_implementation, sdpa_attention_forward
             )
-            if hidden_states.shape[1] > 1 and self.config._attn_implementation == "sdpa":
+            fused = self.config._attn_implementation in ("sdpa", "tessella")  # which calls sdpa
+            if hidden_states.shape[1] > 1 and fused:
                 # torch's fused kernels want values as wide as keys; without them T x T scores
                 values = nn.functional.pad(values, (0, max(0, self.qk_head_dim - self.v_head_dim)))
             out, weights = attention(

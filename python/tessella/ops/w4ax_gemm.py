@@ -76,6 +76,55 @@ def w4ax_linear(
     return y_MN.view(*x.shape[:-1], w.N)
 
 
+def w4ax_grouped(
+    x: Tensor,
+    w: PackedW4,
+    *,
+    features: int | None = None,
+    first: int = 0,
+    stride: int | None = None,
+    k8: int = -1,
+    granularity: str = "token",
+    perm: Tensor | None = None,
+) -> Tensor:
+    """``y[:, g] = w4ax_linear(x[:, g], w_g)`` for all groups g at once: one launch, the same bits.
+
+    w_g are out features ``first + g * stride ..`` of one weight, `features` of them. By default
+    groups share w equally; other numbers pick a part of each share, as the value rows of every head
+    in the key-value projection of latent attention (DeepSeek-V2, section 2.1.2). The INT8 or INT4
+    scales are of a token and group.
+
+    Args:
+        x: bf16, fp16 or (CPU) fp32 [T, G, K], unit stride along K.
+        w: packed weight [N, K] on the same device.
+        features: F out features of a group; default N / G.
+        first, stride: where the first group starts, and how far apart groups are (default F).
+            Multiples of 64, like F: weights are packed in panels of 64 out features.
+        k8, granularity, perm: as for :func:`act_quant`.
+
+    Returns:
+        [T, G, F] of x's dtype. No tokens give an empty result. Compiled on CPU.
+
+    Raises:
+        RuntimeError or ValueError: as :func:`w4ax_linear`; rows that are not whole panels of w.
+    """
+    refuse_gradient("w4ax_grouped", x)
+    if x.dim() != 3 or x.shape[1] == 0 or x.shape[2] != w.K:
+        want = f"[T, G, {w.K}] with G >= 1"
+        raise ValueError(f"tessella::w4ax_grouped: x: expected {want}, got {tuple(x.shape)}")
+    if features is None:
+        features, rest = divmod(w.N, x.shape[1])
+        if rest:
+            raise ValueError(
+                f"tessella::w4ax_grouped: w: expected out features for {x.shape[1]} equal groups, "
+                f"got {w.N}"
+            )
+    return torch.ops.tessella.w4ax_grouped(
+        x, w.blob, w.scheme, w.N, features, first, features if stride is None else stride,
+        k8, granularity, perm,
+    )  # fmt: skip
+
+
 def w4_pack(w: W4Weight) -> PackedW4:
     """Shuffle a canonical weight into the order its device's kernels stream.
 
@@ -164,6 +213,23 @@ def _fake_linear(x, w, scheme, N, k8, granularity, perm, bias):
     return x.new_empty((x.shape[0], N))
 
 
+def _ref_grouped(x, w, scheme, N, features, first, stride, k8, granularity, perm):
+    ref.check_groups(x.shape, N, features, first, stride)
+    # by the op, which knows the order of each device
+    weight = _weight(*torch.ops.tessella.w4_unpack(w, scheme, N, x.shape[2]), scheme, x.shape[2])
+    ys = []
+    for g in range(x.shape[1]):
+        a = ref_act.act_quant(x[:, g], k8, granularity, perm)
+        ys.append(ref.w4ax_gemm(a, ref.rows(weight, first + g * stride, features), None, x.dtype))
+    return torch.stack(ys, 1)
+
+
+def _fake_grouped(x, w, scheme, N, features, first, stride, k8, granularity, perm):
+    ref.check_groups(x.shape, N, features, first, stride)
+    ref_act.check(x[:, 0], k8, granularity, perm)
+    return x.new_empty((*x.shape[:2], features))
+
+
 def _fake_pack(codes, channel_scales, group_scales, zeros, scheme, K):
     return codes.new_empty(layout.w4_cpu_bytes(scheme, codes.shape[0], K))
 
@@ -206,5 +272,11 @@ define(
     " Tensor? bias) -> Tensor",
     ref=_ref_linear,
     fake=_fake_linear,
+)
+define(
+    "w4ax_grouped(Tensor x, Tensor w, str scheme, int N, int features, int first, int stride,"
+    " int k8, str granularity, Tensor? perm) -> Tensor",
+    ref=_ref_grouped,
+    fake=_fake_grouped,
 )
 tuned.install()

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from tessella.formats import BLOCK_K, ActBlocks, W4Weight
-from tessella.layout import unpack_nibbles, unpack_signed_nibbles
+from tessella.layout import PANEL_N, unpack_nibbles, unpack_signed_nibbles
 
 
 def w4_dequant(w: W4Weight, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -46,3 +46,27 @@ def w4ax_gemm(
     if bias is not None:
         y = y + bias.double()
     return y.to(dtype)
+
+
+def rows(w: W4Weight, first: int, count: int) -> W4Weight:
+    """Out features first..first + count - 1 of a weight."""
+    part = {name: t[first : first + count] for name, t in w.tensors().items()}
+    return W4Weight.from_tensors(part, w.scheme, w.K)
+
+
+def check_groups(shape: torch.Size, N: int, features: int, first: int, stride: int) -> None:
+    """Raise ValueError where w4ax_grouped refuses the groups of x [T, G, K], as the kernels do."""
+    op = "tessella::w4ax_grouped"
+    if len(shape) != 3 or 0 in shape[1:]:
+        raise ValueError(f"{op}: x: expected [T, G, K] with G, K >= 1, got {tuple(shape)}")
+    for name, given, least in (("features", features, PANEL_N), ("first", first, 0),
+                               ("stride", stride, 0)):  # fmt: skip
+        if given < least or given % PANEL_N:
+            raise ValueError(
+                f"{op}: {name}: expected a multiple of {PANEL_N} from {least} on, got {given}"
+            )
+    if first + (shape[1] - 1) * stride + features > N:
+        raise ValueError(
+            f"{op}: N: expected at least first + (G - 1) * stride + features = "
+            f"{first} + {shape[1] - 1} * {stride} + {features}, got {N}"
+        )
