@@ -168,7 +168,8 @@ __attribute__((always_inline)) inline void group(const Params& p, const Tile& t,
 }
 
 template <class M, int kRows, int kVecs>
-__attribute__((noinline)) void tile(const Params& p, const Tile& t) {
+__attribute__((noinline)) void tile(const Params& p, const Tile& view) {
+  const Tile t = view;  // a copy, which stores of totals cannot change: no reloads between them
   if constexpr (M::kScheme == Scheme::kGroup) {
     const uint8_t* zeros = t.block + kScales + t.groups * kPanel * 2;
     if (t.groups == 1) {  // its own code: numbers that the compiler knows
@@ -257,16 +258,32 @@ inline void block_rows(Task& t, int64_t b) {
   (rows(Const<kRows>{}), ...);
 }
 
+// Sums over blocks b0..b1-1 of the codes of kLanes tokens, of which `rows` exist. Together, since
+// each of a token's sums lies in a cache line of its own.
+inline void sum_codes(const Params& p, int64_t b0, int64_t b1, int64_t m, int64_t rows,
+                      int32_t* to) {
+  if (rows >= kLanes) {
+    VI sum = zero_i();
+    for (int64_t b = b0; b < b1; ++b) sum = add(sum, load_i(p.sums + b * p.M + m));
+    store_i(to, sum);
+  } else {
+    for (int64_t r = 0; r < rows; ++r) {
+      to[r] = 0;
+      for (int64_t b = b0; b < b1; ++b) to[r] += p.sums[b * p.M + m + r];
+    }
+  }
+}
+
 // Totals of blocks b0..b1-1 -> y, times the activation scale; y is added to unless `first`.
 template <class M>
 inline void close_segment(Task& t, int64_t b0, int64_t b1, const float* scales, bool first,
                           float* y) {
   const Params& p = t.p;
+  alignas(64) int32_t codes[kLanes] = {};
   for (int64_t r = 0; r < t.rows; ++r) {
     const int64_t m = t.m0 + r;
-    int32_t codes = 0;
     if constexpr (!M::kFloatTotals)
-      for (int64_t b = b0; b < b1; ++b) codes += p.sums[b * p.M + m];
+      if (r % kLanes == 0) sum_codes(p, b0, b1, m, t.rows - r, codes);
     for (int n = 0; n < kPanel; n += kLanes) {
       float* total = t.totals + r * kPanel + n;
       VF f;
@@ -274,7 +291,7 @@ inline void close_segment(Task& t, int64_t b0, int64_t b1, const float* scales, 
         f = load_f(total);
       } else {
         const VI z = M::kScheme == Scheme::kChannel ? load_u8(t.zeros + n) : set1_i(128);
-        f = to_f(sub(load_i(total), mul(z, set1_i(codes))));
+        f = to_f(sub(load_i(total), mul(z, set1_i(codes[r % kLanes]))));
       }
       if constexpr (!M::kPerBlock) f = mul(f, set1_f(scales[m]));
       float* to = y + r * kPanel + n;
@@ -355,7 +372,9 @@ inline void run_tasks(const Params& p, int64_t chunk_rows, int64_t begin, int64_
 }  // namespace gemm
 
 // Register tiles: vectors of features, then row counts. 32 zmm or 16 ymm registers hold the
-// accumulators (AVX2: two each), the decoded weights and one broadcast.
+// accumulators (AVX2: two each), the decoded weights and one broadcast. The wide tile of zmm is
+// small: with 12 sums to add to its totals, the next tile's products hide that; with 24 they do
+// not.
 inline void w4ax_gemm_gemv(const w4ax_gemm::Params& p, int64_t chunk, int64_t i0, int64_t i1) {
   if constexpr (kLanes == 16)
     gemm::run_tasks<false, 4, 6, 5, 4, 3, 2, 1>(p, chunk, i0, i1);
@@ -372,7 +391,7 @@ inline void w4ax_gemm_skinny(const w4ax_gemm::Params& p, int64_t chunk, int64_t 
 }
 inline void w4ax_gemm_wide(const w4ax_gemm::Params& p, int64_t chunk, int64_t i0, int64_t i1) {
   if constexpr (kLanes == 16)
-    gemm::run_tasks<true, 4, 6, 4, 2, 1>(p, chunk, i0, i1);
+    gemm::run_tasks<true, 2, 6, 4, 2, 1>(p, chunk, i0, i1);
   else
     gemm::run_tasks<true, 2, 4, 2, 1>(p, chunk, i0, i1);
 }
