@@ -46,14 +46,15 @@ struct Mode {
   static constexpr bool kWide = kDecoded;          // weights come from Task::bytes
   // two-level with its bytes q * s1 + a already formed, else s1 and a are applied to the sums
   static constexpr bool kFormed = kS == Scheme::kTwoLevel && kDecoded && kWideBytes;
-  // Groups: decoded bytes are q - z + 16, so that one start value, -16 * (sum of the codes), serves
-  // all features.
-  static constexpr bool kShifted = kS == Scheme::kGroup && kDecoded && kWideBytes;
+  // Where every sum has zero points to take off: decoded bytes are q - z + 16, so that one start
+  // value, -16 * (sum of the codes), serves all features.
+  static constexpr bool kShifted =
+      kDecoded && kWideBytes && (kS == Scheme::kGroup || (kS == Scheme::kChannel && kBlockScales));
   static constexpr bool kFloatTotals = kS == Scheme::kGroup || kBlockScales;
   // Zero points: where accumulators start, or subtracted from their sums. A group's lie behind its
   // codes, so whoever reads from memory takes them last.
   static constexpr bool kZeroFirst =
-      (kS == Scheme::kGroup && kDecoded && !kShifted) || (kS == Scheme::kChannel && kBlockScales);
+      !kShifted && ((kS == Scheme::kGroup && kDecoded) || (kS == Scheme::kChannel && kBlockScales));
   static constexpr bool kZeroLast = kS == Scheme::kGroup && !kDecoded;
 };
 
@@ -185,7 +186,9 @@ __attribute__((noinline)) void tile(const Params& p, const Tile& view) {
 
 // Decodes a block into Task::bytes.
 template <class M>
-inline void decode(const W4Panel& panel, int groups, const uint8_t* block, uint8_t* out) {
+inline void decode(const Task& t, const uint8_t* block, uint8_t* out) {
+  const W4Panel& panel = t.p.panel;
+  const int groups = t.groups;
   constexpr int kVecs = kPanel / kLanes < 4 ? kPanel / kLanes : 4;
   const int steps = kBlock / W4Panel::kStepK / groups;
   for (int n = 0; n < kPanel; n += kVecs * kLanes) {
@@ -196,11 +199,12 @@ inline void decode(const W4Panel& panel, int groups, const uint8_t* block, uint8
                             block + panel.zero_row(0) + n + v * kLanes);
     for (int g = 0; g < groups; ++g) {
       [[maybe_unused]] VI shift[kVecs];  // 16 - z in each of a feature's bytes: 1..16, no borrows
-      if constexpr (M::kShifted)
+      if constexpr (M::kShifted) {
+        const uint8_t* zeros = M::kScheme == Scheme::kChannel ? t.zeros : block + panel.zero_row(g);
         for (int v = 0; v < kVecs; ++v)
           shift[v] =
-              sub(set1_i(0x10101010),
-                  mul(load_u8(block + panel.zero_row(g) + n + v * kLanes), set1_i(0x01010101)));
+              sub(set1_i(0x10101010), mul(load_u8(zeros + n + v * kLanes), set1_i(0x01010101)));
+      }
       for (int step = g * steps; step < (g + 1) * steps; ++step)
 #pragma GCC unroll 4
         for (int v = 0; v < kVecs; ++v) {
@@ -228,7 +232,7 @@ template <class M, int kVecs, int... kRows>
 inline void block_rows(Task& t, int64_t b) {
   const Params& p = t.p;
   const uint8_t* block = p.w + p.panel.block(t.panel, b);
-  if constexpr (M::kWide) decode<M>(p.panel, t.groups, block, t.bytes);
+  if constexpr (M::kWide) decode<M>(t, block, t.bytes);
   const uint8_t* next = block;
   int64_t r = 0;
   auto rows = [&](auto count) {
