@@ -19,6 +19,7 @@ using w4ax_gemm::Params;
 constexpr int kPanel = W4Panel::kN, kBlock = W4Panel::kBlockK;
 constexpr int kScales = W4Panel::kCodeBytes;  // where a block's scale rows start
 constexpr int kPrefetchBytes = 4096;          // one block ahead
+constexpr int64_t kNearBytes = 1 << 20;       // activations that stay in L2 from panel to panel
 
 // What a task keeps between blocks.
 struct Task {
@@ -233,6 +234,7 @@ inline void block_rows(Task& t, int64_t b) {
   const Params& p = t.p;
   const uint8_t* block = p.w + p.panel.block(t.panel, b);
   if constexpr (M::kWide) decode<M>(t, block, t.bytes);
+  const bool far = p.M * p.panel.Kp > kNearBytes;
   const uint8_t* next = block;
   int64_t r = 0;
   auto rows = [&](auto count) {
@@ -241,6 +243,10 @@ inline void block_rows(Task& t, int64_t b) {
       if constexpr (M::kWide) {  // between two decodes prefetchers lose the track
         const uint8_t* until = block + p.panel.block_bytes() * (r + kR) / t.rows;
         for (; next < until; next += 64) prefetch(next + p.panel.block_bytes());
+      }
+      if (M::kWide && far && b + 1 < p.panel.blocks()) {
+        const int8_t* x = p.x(b + 1) + (t.m0 + r) * kBlock;
+        for (int i = 0; i < kR * kBlock; i += 64) prefetch_l2(x + i);
       }
       for (int n = 0; n < kPanel; n += kVecs * kLanes) {
         const uint8_t* w = M::kWide ? t.bytes : block;
