@@ -3,11 +3,12 @@
 import pytest
 import torch
 
+from attention_cases import assert_close, gen, paged_problem
 from tessella import ops
 from tessella.formats_kv import KVPages
 from tessella.ref import msm as ref
 from tessella.testing.force import environment, force, gpu_kernels
-from test_msm_cuda import DIFF, DTYPES, assert_close, attend, gen, on_gpu, problem
+from test_msm_cuda import DIFF, DTYPES, attend, on_gpu
 
 KERNEL = "msm.sm90.t128"
 pytestmark = [
@@ -22,7 +23,7 @@ KV_LEN = [333, 500, 700, 50, 300, 129, 1, 10, 3]
 
 def check(H, J, D, Z, dtype=torch.bfloat16, mask=None, q_len=Q_LEN, kv_len=KV_LEN, **how):
     """With plans that split much, little and at fixed lengths, and with none."""
-    q, pages, batch = problem(H, J, D, Z, dtype, mask, q_len, kv_len, seed=H + D + Z)
+    q, pages, batch = paged_problem(H, J, D, Z, dtype, mask, q_len, kv_len, seed=H + D + Z)
     how = {"scale": D**-0.5, **how}
     want = ref.msm_attn(q, pages, batch, **how)
     window = how.get("window", 0)
@@ -77,7 +78,8 @@ def test_many_requests_over_all_multiprocessors():
 
 
 def test_runs_and_replays_give_the_same_bits():
-    q, pages, batch = problem(32, 8, 128, 64, torch.bfloat16, None, [500, 1, 300], [2000, 900, 300])
+    lengths = [500, 1, 300], [2000, 900, 300]
+    q, pages, batch = paged_problem(32, 8, 128, 64, torch.bfloat16, None, *lengths)
     cache, b, gq = KVPages(pages.cuda()), on_gpu(batch), q.cuda()
     plan = ops.msm_plan(batch, 32, 8, units=132).cuda()
     with force(KERNEL):
@@ -95,7 +97,7 @@ def test_runs_and_replays_give_the_same_bits():
 
 
 def test_strided_queries():
-    q, pages, batch = problem(4, 2, 64, 16, torch.float16, None, [90], [200])
+    q, pages, batch = paged_problem(4, 2, 64, 16, torch.float16, None, [90], [200])
     wide = torch.randn(len(q), 12, 64, generator=gen()).half().cuda()
     wide[:, 4:8] = q.cuda()
     cache, b = KVPages(pages.cuda()), on_gpu(batch)
@@ -105,6 +107,6 @@ def test_strided_queries():
 
 
 def test_what_it_cannot_run_is_refused():
-    q, pages, batch = problem(4, 2, 48, 16, torch.float16, None, [90], [200])
+    q, pages, batch = paged_problem(4, 2, 48, 16, torch.float16, None, [90], [200])
     with environment(FORCE=KERNEL), pytest.raises(RuntimeError, match="cannot run this problem"):
         ops.msm_attn(q.cuda(), KVPages(pages.cuda()), on_gpu(batch))
