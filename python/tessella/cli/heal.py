@@ -54,7 +54,7 @@ def heal(
     steps: Steps = 1000,
     batch: Batch = 16,
     ctx: Context = 512,
-    lr: Rate = 3e-4,
+    lr: Rate = 1e-4,
     on_policy: Share = 0.0,
     sft_steps: SftSteps = 200,
     sft_lr: SftRate = 1e-5,

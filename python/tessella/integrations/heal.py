@@ -59,7 +59,7 @@ class HealOptions:
 
     steps: int = 1000
     batch: int = 16
-    lr: float = 3e-4
+    lr: float = 1e-4
     on_policy: float = 0.0
     sft_steps: int = 200
     sft_lr: float = 1e-5
