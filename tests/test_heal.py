@@ -60,7 +60,7 @@ def test_forward_kl():
     assert forward_kl(q.log() + 3, q.log()) == pytest.approx(0, abs=1e-6)
 
 
-def test_distillation_comes_closer_on_other_text(models, tmp_path):
+def test_distillation_comes_closer_on_other_text(models, tmp_path, instructions):
     teacher, student = models
     options = HealOptions(**SMALL | {"steps": 40, "lr": 3e-4, "batch": 8})
     how = {"teacher": teacher, "windows": windows(64), "examples": None, "options": options}
@@ -74,6 +74,12 @@ def test_distillation_comes_closer_on_other_text(models, tmp_path):
     assert {"loss.json", "LICENSE"} <= files
     assert ("loss.png" in files) == (importlib.util.find_spec("matplotlib") is not None)
     assert not (tmp_path / "out.partial").exists()
+    again = HealOptions(**SMALL | {"steps": 2, "sft_steps": 3})
+    examples = read_examples(instructions, tiny.tokenizer(), CTX)
+    how = {"teacher": teacher, "windows": windows(), "examples": examples, "options": again}
+    heal(str(tmp_path / "out"), tmp_path / "again", **how)
+    healed = json.loads((tmp_path / "again" / "config.json").read_text())["conversion"]["healed"]
+    assert (healed["steps"], healed["sft_steps"]) == (42, 3)
 
 
 def test_interrupted_runs_resume_to_the_same_weights(models, tmp_path, instructions):

@@ -357,10 +357,14 @@ def _publish(
     """Write the checkpoint in the student's own precision, and rename it to `target`."""
     done = folder / "model"
     dtype = getattr(torch, config.get("dtype") or config.get("torch_dtype") or "float32")
-    if getattr(model.config, "conversion", None):
-        healed = {"steps": options.steps, "on_policy": options.on_policy}
-        healed["sft_steps"] = options.sft_steps if any(r["stage"] == "sft" for r in logs) else 0
-        model.config.conversion = {**model.config.conversion, "healed": healed}
+    if conversion := getattr(model.config, "conversion", None):
+        before, ran = conversion.get("healed") or {}, {r["stage"] for r in logs}
+        healed = {
+            "steps": before.get("steps", 0) + options.steps * ("distil" in ran),
+            "on_policy": options.on_policy if "distil" in ran else before.get("on_policy", 0.0),
+            "sft_steps": before.get("sft_steps", 0) + options.sft_steps * ("sft" in ran),
+        }
+        model.config.conversion = {**conversion, "healed": healed}
     model.to("cpu", dtype).save_pretrained(done)
     for pattern in CARRIED:
         for file in source.glob(pattern):
