@@ -232,18 +232,24 @@ def _deco_memory(results: Results) -> Ours:
 def _mla_folds(results: Results) -> Ours:
     """What layers of their own folds, or bands, take off the loss of the best fold for all."""
     original = {r["model"]: r["ppl"] for r in results(MLA) if not r.get("latent")}
-    losses: dict[tuple, dict[str, float]] = {}
+    losses: dict[
+        tuple, dict[str, float]
+    ] = {}  # by balanced or not: balancing is no choice of folds
     for r in results(MLA, kv=None):
         latent = r.get("latent")
         if not latent or latent["hadamard"] or latent["healed"] or latent["ranks"]:
             continue
         kind = latent["fold"] if latent["fold"] in ("adaptive", "bands") else "fixed"
-        of = losses.setdefault((r["model"], int(latent["rank"]), latent["rope"]), {})
         loss = r["ppl"] - original[r["model"]]
-        of[kind] = min(of.get(kind, loss), loss)
+        balanced = bool(latent.get("balance"))
+        # what is balanced has to beat the single folds of both kinds
+        for group in {balanced, True} if kind == "fixed" else {balanced}:
+            key = (r["model"], int(latent["rank"]), latent["rope"], group)
+            of = losses.setdefault(key, {})
+            of[kind] = min(of.get(kind, loss), loss)
     parts = [
         f"{kind} {round(100 - 100 * of[kind] / of['fixed']) + 0} % ({model}, {rank} + {rope})"
-        for (model, rank, rope), of in losses.items()
+        for (model, rank, rope, _), of in losses.items()
         for kind in ("bands", "adaptive")
         if {kind, "fixed"} <= of.keys()
     ]
