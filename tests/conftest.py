@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -22,6 +24,16 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if reason and item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory) -> Path:
+    """A checkpoint of an untied tiny Llama; tests that damage it work on a copy."""
+    import tiny  # transformers, which many tests do without
+
+    path = tmp_path_factory.mktemp("llama")
+    tiny.save(path, "llama")
+    return path
 
 
 @pytest.fixture

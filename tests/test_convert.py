@@ -28,14 +28,6 @@ LINEARS = 7 * tiny.LAYERS
 
 
 @pytest.fixture(scope="module")
-def llama(tmp_path_factory) -> Path:
-    """An untied Llama; tests that damage it work on a copy."""
-    path = tmp_path_factory.mktemp("llama")
-    tiny.save(path, "llama")
-    return path
-
-
-@pytest.fixture(scope="module")
 def converted(llama, tmp_path_factory) -> Path:
     """An uninterrupted conversion of `llama`."""
     out = tmp_path_factory.mktemp("converted") / "out"

@@ -29,13 +29,6 @@ def source(request, tmp_path_factory) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("llama")
-    tiny.save(path, "llama")
-    return path
-
-
 def ids(rows: int, columns: int = 64, seed: int = 3) -> torch.Tensor:
     g = torch.Generator().manual_seed(seed)
     return torch.randint(5, tiny.VOCAB, (rows, columns), generator=g)

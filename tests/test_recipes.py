@@ -48,13 +48,6 @@ def folder(request, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def llama(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("llama")
-    tiny.save(path, "llama")
-    return path
-
-
-@pytest.fixture(scope="module")
 def text(tmp_path_factory) -> Path:
     g = torch.Generator().manual_seed(0)
     words = torch.randint(0, 91, (6, 120), generator=g).tolist()
