@@ -485,7 +485,7 @@ struct Math {
       if (w.b1 - w.b0 < a.blocks) fold_zeros(f, total);
       if (w.b0 > 0) {
         a.stream.template leave<T::kMath>(total, at.cluster, 4);
-        if (lane == 0) ptx::barrier_arrive(s.token_empty);
+        ptx::barrier_arrive(s.token_empty);
         return;
       }
       if (w.b1 < a.blocks) a.stream.template add_rest<T::kMath>(total, w.tile, at.cluster, 3);
@@ -510,7 +510,7 @@ struct Math {
       ptx::named_barrier(1 + warpgroup, 128);
       store(w, w.m0 + pass * T::kStaged, T::kStaged, staging);
     }
-    if (lane == 0) ptx::barrier_arrive(s.token_empty);
+    ptx::barrier_arrive(s.token_empty);
   }
 
   __device__ void run() {
@@ -538,7 +538,7 @@ __device__ void init_barriers(const Args& a, const Shared<T>& s) {
   }
   if (lane == 31) {
     ptx::barrier_init(s.token_full, 32);
-    ptx::barrier_init(s.token_empty, T::kMath / 32);
+    ptx::barrier_init(s.token_empty, T::kMath);
     ptx::barrier_init(s.reduced, 1);
     if (a.split > 1)
       ptx::barrier_arrive_expect(s.reduced, (a.split - 1) * Shared<T>::part_bytes(a));
