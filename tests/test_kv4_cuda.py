@@ -12,6 +12,7 @@ from tessella.testing.attention import make_batch
 from tessella.testing.force import force, gpu_kernels
 from tessella.testing.poison import assert_untouched, poisoned_output
 from test_kv4 import awkward
+from test_msm_cuda import split_late
 
 pytestmark = pytest.mark.gpu
 KERNELS = gpu_kernels("kv4") or [""]
@@ -125,6 +126,18 @@ def test_one_giant_among_tiny_requests(kernel, longest):
     with force(kernel):
         for plan in (ops.msm_plan(batch, 8, 2, units=264), None):
             assert_close(attend(q, cache, batch, plan), want, DIFF[torch.bfloat16])
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("codec", ["k4v4", "k8v8", "k4v4-g32"])
+def test_prompts_in_parts(kernel, codec):
+    q, cache, batch, how = coded_problem(
+        codec, 8, 4, 64, 64, torch.bfloat16, None, q_len=[1, 600, 9], kv_len=[900, 600, 700]
+    )
+    want = ref.kv4_attn(q, cache, batch, scale=64**-0.5, **how)
+    with force(kernel):
+        got = attend(q, cache, batch, split_late(batch, 8, 4), **how)
+    assert_close(got, want, DIFF[torch.bfloat16])
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

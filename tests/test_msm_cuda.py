@@ -117,6 +117,24 @@ def test_split_one(kernel):
                 assert_close(attend(q, pages, batch, plan), want, DIFF[torch.bfloat16])
 
 
+def split_late(batch, H, J):
+    """A plan with parts whose first rows lie behind their place among the partial ones."""
+    plan = ops.msm_plan(batch, H, J, units=100)
+    tasks = plan[16 : 16 + 8 * int(plan[6])].view(-1, 8)
+    assert ((tasks[:, 6] >= 0) & (tasks[:, 6] < tasks[:, 2])).any()
+    return plan
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_prompts_in_parts(kernel):
+    q, pages, batch = paged_problem(
+        8, 4, 64, 64, torch.bfloat16, None, q_len=[1, 600, 9], kv_len=[900, 600, 700]
+    )
+    want = ref.msm_attn(q, pages, batch, scale=64**-0.5)
+    with force(kernel):
+        assert_close(attend(q, pages, batch, split_late(batch, 8, 4)), want, DIFF[torch.bfloat16])
+
+
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_nothing_but_the_result_is_written(kernel):
     q, pages, batch = paged_problem(8, 2, 64, 16, torch.bfloat16, MIXED)

@@ -3,9 +3,10 @@
 //
 // Rules, which every kernel launched with `programmatic` keeps:
 //   1. every thread block waits (wait_for_previous_grid), also one that has nothing to do, before
-//   it
-//      reads anything but weights and before it writes anything;
+//      it reads anything but weights and before it writes anything;
 //   2. it lets the next grid start (allow_next_grid) only after that wait.
+// msm's launches in turns (msm/params.h) are the exception: two grids beside the first one wait for
+// it at their end.
 // csrc/act_quant/README.md says why that is enough for chains of any length.
 #pragma once
 #include <cuda_runtime.h>

@@ -108,25 +108,28 @@ int launch_merge(const Batch& p, bool programmatic, cudaStream_t stream) {
 }
 
 template <class S>
-static int go(const Params& p, Part part, cudaStream_t stream) {
+static int go(const Params& p, Part part, Turn turn, cudaStream_t stream) {
   const bool pdl = env().programmatic && cuda::this_device().arch >= 90;
-  return launch<S>(p, part, S::stage_bytes(p), gpu_sms(), pdl, stream);
+  return launch<S>(p, part, S::stage_bytes(p), gpu_sms(), pdl, stream, turn);
 }
 
 template <DType kType, int kHead>
-static int run_head(const Params& p, Part part, cudaStream_t stream) {
+static int run_head(const Params& p, Part part, Turn turn, cudaStream_t stream) {
   const int rows = rows_at_once(p, part);
-  if (p.D != kHead) return go<Plain<kType, kHead, 2, false>>(p, part, stream);
-  if (rows <= 8) return go<Plain<kType, kHead, 1, true>>(p, part, stream);
-  if (rows <= 16 || kHead > 128) return go<Plain<kType, kHead, 2, true>>(p, part, stream);
-  return go<Plain<kType, kHead, (kHead > 128 ? 2 : 4), true>>(p, part, stream);
+  if (p.D != kHead) return go<Plain<kType, kHead, 2, false>>(p, part, turn, stream);
+  if constexpr (kHead == 128)
+    if (rows <= 8 && turn == Turn::kBeside)
+      return go<Plain<kType, kHead, 1, true, 3>>(p, part, turn, stream);
+  if (rows <= 8) return go<Plain<kType, kHead, 1, true>>(p, part, turn, stream);
+  if (rows <= 16 || kHead > 128) return go<Plain<kType, kHead, 2, true>>(p, part, turn, stream);
+  return go<Plain<kType, kHead, (kHead > 128 ? 2 : 4), true>>(p, part, turn, stream);
 }
 
 template <DType kType>
-static int run_plain(const Params& p, Part part, cudaStream_t stream) {
-  if (p.D <= 64) return run_head<kType, 64>(p, part, stream);
-  if (p.D <= 128) return run_head<kType, 128>(p, part, stream);
-  return run_head<kType, 256>(p, part, stream);
+static int run_plain(const Params& p, Part part, Turn turn, cudaStream_t stream) {
+  if (p.D <= 64) return run_head<kType, 64>(p, part, turn, stream);
+  if (p.D <= 128) return run_head<kType, 128>(p, part, turn, stream);
+  return run_head<kType, 256>(p, part, turn, stream);
 }
 
 }  // namespace dev
@@ -154,15 +157,20 @@ int run_cuda(const Params& p, void* stream) {
     throw std::runtime_error("TESSELLA_FORCE: '" + forced + "' cannot run this problem or GPU");
   Part rest = Part::kAll;
   int error = 0;
+  const bool big = may && (must || has_big_tiles(p));
+  const bool mixed = big && pdl && p.plan.words != nullptr && p.B > 1;
   if constexpr (kHasSm90)
-    if (may && (must || has_big_tiles(p))) {
-      error = run_sm90(p, stream);
+    if (big) {
+      error = run_sm90(p, mixed ? Turn::kFirst : Turn::kAlone, stream);
       rest = Part::kSmall;
     }
   const bool done = rest == Part::kSmall && p.plan.words == nullptr && p.uniform.tile >= kBigTile;
+  const Turn turn = mixed ? Turn::kBeside : Turn::kAlone;
   if (error == 0 && !done)
-    error = p.dtype == DType::kBF16 ? dev::run_plain<DType::kBF16>(p, rest, s)
-                                    : dev::run_plain<DType::kF16>(p, rest, s);
+    error = p.dtype == DType::kBF16 ? dev::run_plain<DType::kBF16>(p, rest, turn, s)
+                                    : dev::run_plain<DType::kF16>(p, rest, turn, s);
+  if constexpr (kHasSm90)
+    if (error == 0 && mixed) error = run_sm90(p, Turn::kAfter, stream);
   return error != 0 ? error : dev::launch_merge(p, pdl, s);
 }
 

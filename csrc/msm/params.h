@@ -19,6 +19,12 @@ struct Uniform {
 // Tasks of a plan by the rows of their tile.
 enum class Part { kAll, kBig, kSmall };
 
+// Large and small tasks of a mixed batch are three launches that run at the same time, the first
+// and the last of which share their tasks: kFirst on most multiprocessors, kBeside on the others,
+// kAfter where kBeside has ended. Each may begin when the one before has begun, so none but the
+// first waits for what ran before; each ends after the one before has ended (cuda/dependent.cuh).
+enum class Turn { kAlone, kFirst, kBeside, kAfter };
+
 // What any source of keys and values shares.
 struct Batch {
   const void* q;  // [T][H][D] of `dtype`, strides in elements
@@ -76,7 +82,7 @@ int run_cuda(const Params& p, void* stream);
 
 // Hopper's body for tiles of 64 and 128 rows; whether it takes this problem.
 bool sm90_takes(const Params& p);
-int run_sm90(const Params& p, void* stream);
+int run_sm90(const Params& p, Turn turn, void* stream);
 
 struct AppendParams {
   const void *k, *v;  // [T][J][D] of `dtype`, strides in elements

@@ -353,7 +353,7 @@ __device__ inline void finish(const S& source, const Room<S>& room, const Rows& 
       x[i] = d < D ? (o[d] - lost) * by : 0.f;
     }
     source.result(room.totals(0), rows, warp, x);
-    const int64_t part = rows.j * p.partial_rows + t.partial + row;
+    const int64_t part = rows.j * p.partial_rows + t.partial + (row - t.row0);
     if (lane == 0 && t.partial >= 0) p.partial_lse[part] = lse;
     if (lane == 0 && t.partial < 0 && p.lse) p.lse[rows.place(row)] = lse;
 #pragma unroll
@@ -414,9 +414,7 @@ __device__ inline void run_task(const S& source, const Setup& setup, const Task&
     ptx::copies_wait<0>();
     ptx::named_barrier(barrier, kThreads);
     join_warps(source, room, st, warp, barrier);
-    Task here = t;
-    if (t.partial >= 0) here.partial = t.partial - t.row0;  // rows count from the request's first
-    finish(source, room, rows, here, row0, count, warp);
+    finish(source, room, rows, t, row0, count, warp);
     ptx::named_barrier(barrier, kThreads);
   }
 }
@@ -426,7 +424,7 @@ template <class S>
 __global__ __launch_bounds__(kThreads, S::kBlocks) void attend(const typename S::Problem p,
                                                                const Setup setup) {
   extern __shared__ __align__(128) char memory[];
-  ptx::wait_for_previous_grid();
+  if (setup.turn == Turn::kAlone) ptx::wait_for_previous_grid();
   ptx::allow_next_grid();
   const S source(p);
   const TaskRange range = task_range(p, setup.part);
@@ -435,17 +433,21 @@ __global__ __launch_bounds__(kThreads, S::kBlocks) void attend(const typename S:
     if (!find_task(p, range.first + i / p.J, &task)) break;
     run_task(source, setup, task, i % p.J, memory, 1);
   }
+  // one block is enough to hold the end of the launch back, and the others give way
+  if (setup.turn != Turn::kAlone && blockIdx.x == gridDim.x - 1) ptx::wait_for_previous_grid();
 }
 
 // --- pages of plain numbers
 
-// kExact: the head dim is kHead, else less or equal.
-template <DType kNumbers, int kHead, int kEights, bool kExact>
+// kExact: the head dim is kHead, else less or equal. kMost: blocks a multiprocessor; three read
+// faster where only some multiprocessors read.
+template <DType kNumbers, int kHead, int kEights, bool kExact, int kMost = 2>
 struct Plain {
   using Problem = Params;
   static constexpr DType kType = kNumbers;
-  static constexpr int kD = kHead, kTiles = kEights, kStages = kHead * kEights > 256 ? 2 : 3;
-  static constexpr int kBlocks = kHead > 128 ? 1 : 2;
+  static constexpr int kD = kHead, kTiles = kEights;
+  static constexpr int kStages = kMost > 2 || kHead* kEights > 256 ? 2 : 3;
+  static constexpr int kBlocks = kHead > 128 ? 1 : kMost;
   static constexpr bool kKeep = kD * kTiles < 512;  // queries stay in registers
   using Product = std::conditional_t<kType == DType::kBF16, ptx::Bf16Product, ptx::F16Product>;
 
@@ -594,14 +596,14 @@ inline int rows_at_once(const Batch& p, Part part) {
 
 template <class S>
 int launch(const typename S::Problem& p, Part part, int stage_bytes, int sms, bool programmatic,
-           cudaStream_t stream) {
+           cudaStream_t stream, Turn turn = Turn::kAlone) {
   const int bytes = Room<S>::bytes(stage_bytes);
   auto* kernel = &attend<S>;
   const cudaError_t error = cudaFuncSetAttribute(
       reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (error != cudaSuccess) return int(error);
   const uint64_t zg = uint64_t(p.Z / 16), whole = uint64_t{1} << 32;
-  const Setup setup{part, stage_bytes, zg == 1 ? 0 : uint32_t((whole + zg - 1) / zg)};
+  const Setup setup{part, turn, stage_bytes, zg == 1 ? 0 : uint32_t((whole + zg - 1) / zg)};
   const int64_t rows = p.T * (p.H / p.J);
   const int64_t tasks = p.plan.words != nullptr
                             ? (p.plan_words - kHeaderWords) / kTaskWords

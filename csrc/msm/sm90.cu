@@ -10,9 +10,20 @@
 
 namespace tessella::msm {
 
+// Multiprocessors that leave large tasks to the others while there are small ones: a fifth, and as
+// many more as cost no further round. Every query that is not some request's only one is counted as
+// part of a large task; only the device knows which are, and kAfter makes up for a bad guess.
+static int beside(const Params& p, int sms) {
+  const int64_t tiles = ceil_div((p.T - p.B + 1) * (p.H / p.J), int64_t{sm90::kTile});
+  const int64_t items = tiles > 0 ? tiles * p.J : 1, rounds = ceil_div(items, sms - sms / 5);
+  return sms - int(ceil_div(items, rounds));
+}
+
 template <class T>
-static int launch(const Params& p, cudaStream_t stream) {
-  sm90::Args a{p, T::kKeys};
+static int launch(const Params& p, Turn turn, cudaStream_t stream) {
+  const int sms = cuda::this_device().sms,
+            first = turn == Turn::kAlone ? sms : sms - beside(p, sms);
+  sm90::Args a{p, T::kKeys, first, turn};
   while (a.Z % a.box != 0) a.box /= 2;
   // pages [P * J * 2 * Z / 8][8][D], a box of some keys of one page as the kernel lays them
   const int64_t groups = p.P * p.J * 2 * p.Z / 8, row = p.D * 2;
@@ -26,18 +37,25 @@ static int launch(const Params& p, cudaStream_t stream) {
       cudaFuncSetAttribute(reinterpret_cast<const void*>(&sm90::attend<T>),
                            cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   if (attribute != cudaSuccess) return int(attribute);
-  const cudaError_t zeroed = cudaMemsetAsync(a.counter, 0, sizeof(int), stream);
-  if (zeroed != cudaSuccess) return int(zeroed);
-  // not programmatic: it follows a memset
-  const cuda::Launch l{
-      dim3(unsigned(cuda::this_device().sms)), sm90::kThreads, size_t(kBytes), 1, false, stream};
+  const bool after = turn == Turn::kAfter;
+  if (!after) {
+    const cudaError_t zeroed = cudaMemsetAsync(a.counter, 0, sizeof(int), stream);
+    if (zeroed != cudaSuccess) return int(zeroed);
+  }
+  // the one that follows the memset is not programmatic
+  const cuda::Launch l{dim3(unsigned(after ? sms - first : first)),
+                       sm90::kThreads,
+                       size_t(kBytes),
+                       1,
+                       after,
+                       stream};
   return cuda::launch(l, &sm90::attend<T>, map, a);
 }
 
 template <DType kType>
-static int launch(const Params& p, cudaStream_t stream) {
+static int launch(const Params& p, Turn turn, cudaStream_t stream) {
 #define X(kD) \
-  if (p.D == kD) return launch<sm90::Tile<kType, kD>>(p, stream);
+  if (p.D == kD) return launch<sm90::Tile<kType, kD>>(p, turn, stream);
   TSL_MSM_SM90_DIMS(X)
 #undef X
   return int(cudaErrorInvalidValue);
@@ -57,9 +75,10 @@ bool sm90_takes(const Params& p) {
          reinterpret_cast<uintptr_t>(p.out) % 16 == 0;
 }
 
-int run_sm90(const Params& p, void* stream) {
+int run_sm90(const Params& p, Turn turn, void* stream) {
   auto* const s = static_cast<cudaStream_t>(stream);
-  return p.dtype == DType::kBF16 ? launch<DType::kBF16>(p, s) : launch<DType::kF16>(p, s);
+  return p.dtype == DType::kBF16 ? launch<DType::kBF16>(p, turn, s)
+                                 : launch<DType::kF16>(p, turn, s);
 }
 
 }  // namespace tessella::msm

@@ -23,7 +23,9 @@ namespace tessella::msm::sm90 {
 using dev::kLog2e;
 
 struct Args : Batch {
-  int box;  // keys of a copy: divides Z and the block of keys
+  int box;    // keys of a copy: divides Z and the block of keys
+  int first;  // items that thread blocks begin with; the counter hands out the others
+  Turn turn;
 };
 
 constexpr int kTile = 128, kThreads = 384;
@@ -94,8 +96,8 @@ template <class T>
 __device__ void init_barriers(const Shared<T>& s) {
   const int lane = threadIdx.x % 32;
   if (lane < 2) {
-    ptx::barrier_init(s.work_full(lane), 1);
-    ptx::barrier_init(s.work_empty(lane), 10);  // warps that read it
+    ptx::barrier_init(s.work_full(lane), 4);
+    ptx::barrier_init(s.work_empty(lane), 320);  // lanes that read it
   }
   if (lane < T::kQueries) {
     ptx::barrier_init(s.query_full(lane), 1);
@@ -206,11 +208,18 @@ __device__ void gather_queries(const Args& a, const Work& w, uint32_t to) {
 // The i-th task of all heads, in sections of heads: what runs at a time should share keys in L2,
 // yet each section fill the GPU more than once.
 __device__ __forceinline__ void find_item(const Args& a, int i, int tasks, int* task, int* head) {
-  const int J = int(a.J), section = min(J, (2 * int(gridDim.x) + tasks - 1) / max(tasks, 1));
+  const int J = int(a.J), section = min(J, (2 * a.first + tasks - 1) / max(tasks, 1));
   const int in = i / (tasks * section) * section, heads = min(section, J - in);
   const int rest = i - in * tasks;
   *task = rest / heads;
   *head = in + rest % heads;
+}
+
+// What the counter says to a warp.
+__device__ __forceinline__ int take_one(const Args& a) {
+  int taken = 0;
+  if (threadIdx.x % 32 == 0) taken = atomicAdd(a.counter, 1);
+  return __shfl_sync(~0u, taken, 0);
 }
 
 // The next item of this block: the first is its own, then whichever nobody took. False at the end.
@@ -225,9 +234,7 @@ __device__ bool take_work(const Args& a, int tasks, int& i, Work& w) {
       w = make_work<T>(a, t, head);
       return true;
     }
-    int taken = 0;
-    if (threadIdx.x % 32 == 0) taken = atomicAdd(a.counter, 1);
-    i = int(gridDim.x) + __shfl_sync(~0u, taken, 0);
+    i = a.first + take_one(a);
   }
   w.blocks = -1;
   return false;
@@ -238,7 +245,7 @@ __device__ void schedule(const Args& a, const Shared<T>& s) {
   const int lane = threadIdx.x % 32, tasks = int(dev::task_range(a, Part::kBig).last);
   Ring<2> ring;
   Ring<T::kQueries> queries;
-  int i = blockIdx.x;
+  int i = a.turn == Turn::kAfter ? a.first + take_one(a) : int(blockIdx.x);
 #pragma unroll 1
   for (;;) {
     Work w{};
@@ -249,9 +256,8 @@ __device__ void schedule(const Args& a, const Shared<T>& s) {
       const uint4 v = lane == 0 ? from[0] : lane == 1 ? from[1] : lane == 2 ? from[2] : from[3];
       const uint32_t words[4] = {v.x, v.y, v.z, v.w};
       ptx::store_shared16(s.work + ring.stage * 64 + lane * 16, words);
+      ptx::barrier_arrive(s.work_full(ring.stage));
     }
-    __syncwarp();
-    if (lane == 0) ptx::barrier_arrive(s.work_full(ring.stage));
     if (!more) return;
     int taken = 0;
     if (lane == 0) taken = atomicAdd(a.counter, 1);
@@ -260,7 +266,7 @@ __device__ void schedule(const Args& a, const Shared<T>& s) {
     gather_queries<T>(a, w, s.queries + queries.stage * T::kQueryBytes);
     if (lane == 0) ptx::barrier_arrive(s.query_full(queries.stage));
     queries.next();
-    i = int(gridDim.x) + __shfl_sync(~0u, taken, 0);
+    i = a.first + __shfl_sync(~0u, taken, 0);
   }
 }
 
@@ -293,8 +299,7 @@ __device__ void load_pages(const Args& a, const Shared<T>& s, const CUtensorMap*
       __syncwarp();
       if (lane < count) ptx::copy_box(to + lane * box_bytes, map, 0, 0, 0, group, full);
     }
-    __syncwarp();
-    if (lane == 0) ptx::barrier_arrive(s.work_empty(tasks.stage));
+    ptx::barrier_arrive(s.work_empty(tasks.stage));
   }
 }
 
@@ -602,8 +607,7 @@ struct Math {
       Softmax f{{-INFINITY, -INFINITY}, {0.f, 0.f}, {1.f, 1.f}};
       tile(w, o, f);
       finish(load_work(s, tasks.stage), o, f);  // read again: registers are scarce
-      __syncwarp();
-      release(s.work_empty(tasks.stage));
+      ptx::barrier_arrive(s.work_empty(tasks.stage));
     }
   }
 };
@@ -616,7 +620,7 @@ __global__ __launch_bounds__(kThreads, 1) void attend(const __grid_constant__ CU
   const int warp = threadIdx.x / 32;
   if (warp == 0) init_barriers(s);
   if (warp == 1 && threadIdx.x % 32 == 0) ptx::prefetch_map(&map);
-  ptx::wait_for_previous_grid();
+  if (a.turn != Turn::kAfter) ptx::wait_for_previous_grid();
   __syncthreads();
   ptx::allow_next_grid();
   if (warp < 4) {
@@ -628,6 +632,7 @@ __global__ __launch_bounds__(kThreads, 1) void attend(const __grid_constant__ CU
     ptx::more_registers<232>();
     Math<T>{a, s}.run();
   }
+  if (a.turn == Turn::kAfter) ptx::wait_for_previous_grid();
 }
 
 }  // namespace tessella::msm::sm90

@@ -136,6 +136,7 @@ struct Rows {
 // What the host works out for a launch.
 struct Setup {
   Part part;
+  Turn turn;
   int stage_bytes;       // of 16 keys and values in the ring
   uint32_t page_groups;  // 2^32 / (Z / 16), rounded up; 0 where a page is one group
   __device__ int page_of(int group) const {
