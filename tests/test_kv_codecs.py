@@ -152,7 +152,7 @@ def test_bytes_of_a_token():
 @pytest.mark.parametrize(
     "name, words",
     [
-        ("kv3", "expected bf16, fp16, fp32, int8"),
+        ("kv3", "expected bf16, fp16, fp32, fp8, int8"),
         ("", "expected bf16"),
         ("bf16-g32", "expected bf16"),
         ("kv4-g7", "got 'g7'"),

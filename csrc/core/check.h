@@ -53,6 +53,8 @@ inline std::string dtype_text(ScalarType t) {
       return "float16";
     case ScalarType::Float:
       return "float32";
+    case ScalarType::Float8_e4m3fn:
+      return "float8_e4m3fn";
     case ScalarType::BFloat16:
       return "bfloat16";
     default:
@@ -85,6 +87,14 @@ inline DType check_float(const Arg& arg, ScalarType t) {
   if (t == ScalarType::Half) return DType::kF16;
   if (t == ScalarType::Float) return DType::kF32;
   refuse(arg, "bfloat16, float16 or float32", dtype_text(t));
+}
+
+// Of a cache's plain numbers.
+inline DType check_cached(const Arg& arg, ScalarType t) {
+  if (t == ScalarType::Float8_e4m3fn) return DType::kE4M3;
+  if (t != ScalarType::BFloat16 && t != ScalarType::Half && t != ScalarType::Float)
+    refuse(arg, "bfloat16, float16, float32 or float8_e4m3fn", dtype_text(t));
+  return check_float(arg, t);
 }
 
 inline Granularity check_granularity(const char* op, const std::string& name) {

@@ -1,4 +1,4 @@
-// fp16 and bf16 <-> fp32 in plain integer arithmetic, for code that may not use F16C.
+// fp16, bf16 and E4M3 <-> fp32 in plain integer arithmetic, for code that may not use F16C.
 // Conversions to 16 bits round to nearest, ties to even, as torch does; NaN stays NaN.
 #pragma once
 #include <cstdint>
@@ -11,6 +11,9 @@ struct BF16 {
 };
 struct F16 {
   uint16_t bits;
+};
+struct E4M3 {  // no infinities; 448 is the largest, 0x7f and 0xff are NaN
+  uint8_t bits;
 };
 
 inline float bits_to_float(uint32_t u) {
@@ -32,6 +35,13 @@ inline float to_float(F16 x) {
   // scaling by 2^112 re-biases the exponent and normalises subnormals in one exact multiply
   const float magnitude = bits_to_float(rest) * bits_to_float(0x77800000);
   return bits_to_float(sign | float_to_bits(magnitude));
+}
+
+inline float to_float(E4M3 x) {
+  const uint32_t sign = uint32_t(x.bits & 0x80) << 24, rest = x.bits & 0x7f;
+  if (rest == 0x7f) return bits_to_float(sign | 0x7fc00000);
+  // as for fp16: 2^120
+  return bits_to_float(sign | float_to_bits(bits_to_float(rest << 20) * bits_to_float(0x7b800000)));
 }
 
 template <class T>
@@ -56,6 +66,17 @@ inline F16 from_float<F16>(float x) {
     return {uint16_t(sign | (float_to_bits(shifted) - 0x3f000000))};
   }
   return {uint16_t(sign | ((a - 0x38000000 + 0xfff + ((a >> 13) & 1)) >> 13))};
+}
+template <>
+inline E4M3 from_float<E4M3>(float x) {  // what is too large becomes 448
+  const uint32_t u = float_to_bits(x), sign = (u >> 24) & 0x80, a = u & 0x7fffffff;
+  if (a > 0x7f800000) return {uint8_t(sign | 0x7f)};
+  if (a >= 0x43e00000) return {uint8_t(sign | 0x7e)};
+  if (a < 0x3c800000) {  // subnormal: the sum's unit is 2^-9
+    const float shifted = bits_to_float(a) + 16384.f;
+    return {uint8_t(sign | (float_to_bits(shifted) - 0x46800000))};
+  }
+  return {uint8_t(sign | ((a - 0x3c000000 + 0x7ffff + ((a >> 20) & 1)) >> 20))};
 }
 
 }  // namespace tessella

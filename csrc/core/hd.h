@@ -22,8 +22,8 @@ struct Const {
   static constexpr auto value = kValue;
 };
 
-// Activations and results; our own list, so that kernels need no torch.
-enum class DType { kBF16, kF16, kF32 };
+// Activations and results; our own list, so that kernels need no torch. kE4M3 is for caches only.
+enum class DType { kBF16, kF16, kF32, kE4M3 };
 
 // What shares an activation scale: a token, the INT8 or INT4 part of one, or a 128-channel block.
 enum class Granularity { kToken, kClass, kBlock };

@@ -152,7 +152,7 @@ struct Coded {
   __device__ RowNumbers query(char* ring, const Rows& rows, int warp, float (&x)[kD / 32]) const {
     const int lane = threadIdx.x % 32;
     const int64_t at = p.factor_row(rows.request) * p.J + rows.j;
-    float bias = 0.f, most = 0.f, whole = 0.f;
+    float bias = 0.f;
     if (p.k_mean != nullptr) {
 #pragma unroll
       for (int i = 0; i < kD / 32; ++i)
@@ -160,19 +160,7 @@ struct Coded {
       bias = sum_of_warp(bias);
     }
     apply(p.q_fold, at, p.D, reinterpret_cast<float*>(ring) + warp * kD, x);
-#pragma unroll
-    for (int i = 0; i < kD / 32; ++i) {
-      most = fmaxf(most, fabsf(x[i]));
-      whole += x[i] * 0.f;  // NaN where x is not finite
-    }
-#pragma unroll
-    for (int by = 1; by < 32; by *= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, by));
-    whole = sum_of_warp(whole);
-    // a power of two brings the row into the range of fp16
-    const int exponent = most > 1e-30f ? ilogbf(most) - 8 : 0;
-    const float by = whole == whole ? exp2f(float(-exponent)) : whole;
-#pragma unroll
-    for (int i = 0; i < kD / 32; ++i) x[i] *= by;
+    const int exponent = into_half_range(x);
     const float scale = p.scale * kLog2e;
     return {exp2f(float(exponent)) * scale, bias * scale};
   }

@@ -8,6 +8,15 @@
 // of kLanes columns; in bf16 both hold pairs along the depth. Scores live in base 2: exp2 is
 // cheaper.
 
+// As core/half.h's to_float.
+inline VF load_x(const E4M3* p) {
+  const VI u = load_u8(&p->bits), rest = bit_and(u, set1_i(0x7f));
+  const VI nan = mul(shift_right(add(rest, set1_i(1)), 7), set1_i(0x7fc00000));
+  const VF x = mul(from_bits(shift_left(rest, 20)), set1_f(0x1p120f));
+  const VI sign = shift_left(shift_right(u, 7), 31);
+  return from_bits(bit_or(bit_or(to_bits(x), nan), sign));
+}
+
 namespace attn {
 
 using msm::Batch;
@@ -497,6 +506,7 @@ inline void msm_tile(const msm::Params& p, const msm::Task& t, int64_t j, float*
   if (p.page_dtype == DType::kBF16) msm_run<attn::Fp32Math, BF16>(p, t, j, scratch);
   if (p.page_dtype == DType::kF16) msm_run<attn::Fp32Math, F16>(p, t, j, scratch);
   if (p.page_dtype == DType::kF32) msm_run<attn::Fp32Math, float>(p, t, j, scratch);
+  if (p.page_dtype == DType::kE4M3) msm_run<attn::Fp32Math, E4M3>(p, t, j, scratch);
 }
 inline void msm_bf16(const msm::Params& p, const msm::Task& t, int64_t j, float* scratch) {
   if (p.page_dtype == DType::kBF16)

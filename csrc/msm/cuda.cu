@@ -8,6 +8,7 @@
 #include "cuda/device.h"
 #include "msm/kernels.h"
 #include "msm/sm80.cuh"
+#include "msm/sm80_fp8.cuh"
 
 namespace tessella::msm {
 
@@ -125,11 +126,24 @@ static int run_head(const Params& p, Part part, Turn turn, cudaStream_t stream) 
   return go<Plain<kType, kHead, (kHead > 128 ? 2 : 4), true>>(p, part, turn, stream);
 }
 
-template <DType kType>
+template <int kHead>
+static int run_eights(const Params& p, Part part, Turn turn, cudaStream_t stream) {
+  if (p.D != kHead) return go<Eights<kHead, 2, false>>(p, part, turn, stream);
+  if (rows_at_once(p, part) <= 8) return go<Eights<kHead, 1, true>>(p, part, turn, stream);
+  return go<Eights<kHead, (kHead > 128 ? 2 : 4), true>>(p, part, turn, stream);
+}
+
+template <int kHead>
+static int run_pages(const Params& p, Part part, Turn turn, cudaStream_t stream) {
+  if (p.page_dtype == DType::kE4M3) return run_eights<kHead>(p, part, turn, stream);
+  return p.dtype == DType::kBF16 ? run_head<DType::kBF16, kHead>(p, part, turn, stream)
+                                 : run_head<DType::kF16, kHead>(p, part, turn, stream);
+}
+
 static int run_plain(const Params& p, Part part, Turn turn, cudaStream_t stream) {
-  if (p.D <= 64) return run_head<kType, 64>(p, part, turn, stream);
-  if (p.D <= 128) return run_head<kType, 128>(p, part, turn, stream);
-  return run_head<kType, 256>(p, part, turn, stream);
+  if (p.D <= 64) return run_pages<64>(p, part, turn, stream);
+  if (p.D <= 128) return run_pages<128>(p, part, turn, stream);
+  return run_pages<256>(p, part, turn, stream);
 }
 
 }  // namespace dev
@@ -166,9 +180,7 @@ int run_cuda(const Params& p, void* stream) {
     }
   const bool done = rest == Part::kSmall && p.plan.words == nullptr && p.uniform.tile >= kBigTile;
   const Turn turn = mixed ? Turn::kBeside : Turn::kAlone;
-  if (error == 0 && !done)
-    error = p.dtype == DType::kBF16 ? dev::run_plain<DType::kBF16>(p, rest, turn, s)
-                                    : dev::run_plain<DType::kF16>(p, rest, turn, s);
+  if (error == 0 && !done) error = dev::run_plain(p, rest, turn, s);
   if constexpr (kHasSm90)
     if (error == 0 && mixed) error = run_sm90(p, Turn::kAfter, stream);
   return error != 0 ? error : dev::launch_merge(p, pdl, s);

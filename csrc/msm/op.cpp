@@ -50,12 +50,13 @@ static Params check(const char* op, const Tensor& q, const Tensor& pages, const 
   p.J = pages.size(1);
   p.Z = pages.size(3);
   p.D = pages.size(4);
-  p.page_dtype = check_float(Arg{op, "pages"}, pages.scalar_type());
+  p.page_dtype = check_cached(Arg{op, "pages"}, pages.scalar_type());
   check_tensor(Arg{op, "pages"}, pages, pages.scalar_type(), {p.P, p.J, 2, p.Z, p.D}, q);
   p.pages = pages.const_data_ptr();
   check_batch(op, q, a, p);
-  if (q.is_cuda() && p.page_dtype != p.dtype)
-    refuse(Arg{op, "pages"}, "pages of q's dtype on cuda", dtype_text(pages.scalar_type()));
+  if (q.is_cuda() && p.page_dtype != p.dtype && p.page_dtype != DType::kE4M3)
+    refuse(Arg{op, "pages"}, "pages of q's dtype or float8_e4m3fn on cuda",
+           dtype_text(pages.scalar_type()));
   return p;
 }
 
@@ -115,7 +116,7 @@ static void msm_append(const Tensor& k, const Tensor& v, const Tensor& slots, co
   p.Z = pages.size(3);
   p.D = pages.size(4);
   if (p.D > 256) refuse(Arg{op, "pages"}, "a head dim of at most 256", p.D);
-  const DType dtype = check_float(Arg{op, "pages"}, pages.scalar_type());
+  const DType dtype = check_cached(Arg{op, "pages"}, pages.scalar_type());
   check_tensor(Arg{op, "pages"}, pages, pages.scalar_type(), {p.P, p.J, 2, p.Z, p.D}, k);
   check_append(op, k, v, slots, cos, sin, env().debug, p);
   if (k.is_cuda()) {

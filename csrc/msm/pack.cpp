@@ -56,6 +56,7 @@ void append_cpu(const AppendParams& p, void* pages, DType page_dtype) {
   if (page_dtype == DType::kBF16) append(p, static_cast<BF16*>(pages));
   if (page_dtype == DType::kF16) append(p, static_cast<F16*>(pages));
   if (page_dtype == DType::kF32) append(p, static_cast<float*>(pages));
+  if (page_dtype == DType::kE4M3) append(p, static_cast<E4M3*>(pages));
 }
 
 }  // namespace tessella::msm

@@ -7,6 +7,8 @@
 // end of a task. Scores live in base 2; a row's reference is raised only when a score exceeds it by
 // 2^8, so that the usual step has no reduction across lanes, one vote apart.
 #pragma once
+#include <cuda_fp8.h>
+
 #include <type_traits>
 
 #include "cuda/async.cuh"
@@ -568,6 +570,10 @@ __device__ inline float load_any(const void* from, int64_t i, DType t) {
   return t == DType::kF32 ? static_cast<const float*>(from)[i] : load_float(from, i, t);
 }
 __device__ inline void store_any(void* to, int64_t i, DType t, float x) {
+  if (t == DType::kE4M3) {  // what is too large becomes 448
+    static_cast<uint8_t*>(to)[i] = __nv_cvt_float_to_fp8(x, __NV_SATFINITE, __NV_E4M3);
+    return;
+  }
   if (t == DType::kF32)
     static_cast<float*>(to)[i] = x;
   else

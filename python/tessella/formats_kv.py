@@ -105,9 +105,24 @@ class KVCodec:
         return -(-(at + size) // Z) * Z
 
 
+PAGE_DTYPES = (*FLOAT_DTYPES, torch.float8_e4m3fn)
+"""Of uncoded pages."""
+
+
+def as_stored(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`x` as pages of this dtype keep it: E4M3 has no infinity and ends at 448."""
+    if dtype == torch.float8_e4m3fn:
+        x = x.float().clamp(-448, 448)
+    return x.to(dtype)
+
+
 @dataclass(frozen=True)
 class KVPages:
-    """Pages of plain numbers: bf16, fp16 or (CPU) fp32 [P, J, 2, Z, D], keys then values.
+    """Pages of plain numbers: bf16, fp16, E4M3 or (CPU) fp32 [P, J, 2, Z, D], keys then values.
+
+    E4M3 (``torch.float8_e4m3fn``) goes with queries of any dtype and has no scale: what is appended
+    is rounded to nearest and ends at 448. Where keys or values need one, divide them by it before,
+    and multiply the scores (``scale``) or the result.
 
     Raises ValueError on another dtype or shape.
     """
@@ -116,10 +131,10 @@ class KVPages:
 
     def __post_init__(self):
         t = self.pages
-        if t.dtype not in FLOAT_DTYPES or t.dim() != 5 or t.shape[2] != 2:
+        if t.dtype not in PAGE_DTYPES or t.dim() != 5 or t.shape[2] != 2:
             raise ValueError(
-                "KVPages.pages: expected bfloat16, float16 or float32 [P, J, 2, Z, D], "
-                f"got {t.dtype} {tuple(t.shape)}"
+                "KVPages.pages: expected bfloat16, float16, float32 or float8_e4m3fn "
+                f"[P, J, 2, Z, D], got {t.dtype} {tuple(t.shape)}"
             )
 
     @classmethod

@@ -30,7 +30,7 @@ def evaluate(
     kv: Annotated[
         list[str] | None,
         typer.Option(
-            help="Codec of the cache to read the text through: bf16, int8, kv4, kv4-hadamard, "
+            help="Codec of the cache to read the text through: bf16, fp8, int8, kv4, kv4-hadamard, "
             "paper:kivi:4 ...; repeatable; none: no cache. Default: the checkpoint's."
         ),
     ] = None,

@@ -31,8 +31,8 @@ def generate(
     kv: Annotated[
         str | None,
         typer.Option(
-            help="Codec of a paged cache: bf16, int8, kv4, kv4-hadamard ...; default: what the "
-            "checkpoint was converted for, else plain tensors (none)."
+            help="Codec of a paged cache: bf16, fp8, int8, kv4, kv4-hadamard ...; default: what "
+            "the checkpoint was converted for, else plain tensors (none)."
         ),
     ] = None,
     speculate: Annotated[

@@ -93,7 +93,7 @@ class Store:
         if growth.copies:
             source, target = torch.tensor(growth.copies).T
             for layer in self.layers:
-                memory = _memory(layer)
+                memory = _memory(layer).view(torch.uint8)  # torch indexes no E4M3 numbers
                 memory[target.to(memory.device)] = memory[source.to(memory.device)]
         return growth.slots
 

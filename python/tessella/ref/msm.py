@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from tessella.formats_kv import MASKS, MsmBatch
+from tessella.formats_kv import MASKS, MsmBatch, as_stored
 
 TILES = (16, 32, 64, 128)
 """Packed rows (tokens times query heads of a kv head) of a task."""
@@ -83,8 +83,15 @@ def gather(pages_PJ2ZD: Tensor, batch: MsmBatch, b: int) -> tuple[Tensor, Tensor
     """Keys and values [kv_len, J, D] of request b."""
     Z, kv_len = pages_PJ2ZD.shape[3], int(batch.kv_len[b])
     page = batch.block_table[b, : -(-kv_len // Z)].long()
-    both = pages_PJ2ZD[page].permute(2, 0, 3, 1, 4).flatten(1, 2)[:, :kv_len]
+    both = _pages(pages_PJ2ZD, page).permute(2, 0, 3, 1, 4).flatten(1, 2)[:, :kv_len]
     return both[0], both[1]
+
+
+def _pages(pages: Tensor, index: Tensor) -> Tensor:
+    """Some pages; torch indexes bytes, but no E4M3 numbers, and does not multiply them."""
+    if pages.dtype != torch.float8_e4m3fn:
+        return pages[index]
+    return pages.view(torch.uint8)[index].view(pages.dtype).float()
 
 
 def msm_attn(q_THD: Tensor, pages_PJ2ZD: Tensor, batch: MsmBatch, **how) -> tuple[Tensor, Tensor]:
@@ -117,8 +124,9 @@ def msm_append(
     k = k_TJD if cos is None else rotate(k_TJD, cos, sin)
     for t, slot in enumerate(slots.tolist()):
         if 0 <= slot < P * Z:
-            pages_PJ2ZD[slot // Z, :, 0, slot % Z] = k[t].to(pages_PJ2ZD.dtype)
-            pages_PJ2ZD[slot // Z, :, 1, slot % Z] = v_TJD[t].to(pages_PJ2ZD.dtype)
+            for half, x in enumerate((k, v_TJD)):
+                kept = as_stored(x[t], pages_PJ2ZD.dtype)
+                pages_PJ2ZD[slot // Z, :, half, slot % Z].copy_(kept)
 
 
 def plan(batch: MsmBatch, H: int, J: int, window: int = 0) -> Tensor:

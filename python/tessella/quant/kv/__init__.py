@@ -4,7 +4,7 @@ A name is a precision and any ingredients, joined by dashes: ``kv4``, ``kv4-g32`
 ``kv2-hadamard``, ``k4v2-kivi``, ``k4v8-deco16``, ``kv4-mean-hadamard``.
 
 ======================== =========================================================================
-``bf16 fp16 fp32``        uncoded pages
+``bf16 fp16 fp32 fp8``    uncoded pages; fp8 is E4M3 without a scale
 ``int8 kv8 kv4 kv2``      8, 4, 2 bits; ``k4v2`` and the like: K and V apart
 ``g16 g32 g64 ...``       a scale for so many channels of a (token, head), not for all D
 ``kivi``                  K per channel of a page, V in groups of 32
@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tessella.formats_kv import KVCodec, KVFactors
+from tessella.formats_kv import KVCodec, KVFactors, as_stored
 from tessella.quant.kv import asym, deco, hadamard, kivi, latent, mean
 from tessella.quant.kv.asym import Groups
 from tessella.quant.kv.base import FIT_TOKENS, CodecError, Part, asymmetric, fold, merge
@@ -51,7 +51,12 @@ DEFAULT = "kv4-hadamard"
 LATENT_DEFAULT = "mla-bf16"
 """The codec of latents where none is named: converted models differ in what they tolerate."""
 
-UNCODED = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+UNCODED = {
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp32": torch.float32,
+    "fp8": torch.float8_e4m3fn,
+}
 
 PUBLISHED: dict[str, Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]] = {
     "qserve": asym.published,
@@ -122,7 +127,7 @@ class CacheCodec:
         The slow and obvious version of what pages of Z tokens and their kernels do, for tests.
         """
         if self.pages is None:
-            return tuple(x.to(self.dtype).float() for x in (k_SJD, v_SJD))
+            return tuple(as_stored(x, self.dtype).float() for x in (k_SJD, v_SJD))
         S, J, D = k_SJD.shape
         if self.fit_tokens > S:
             return k_SJD.float(), v_SJD.float()
@@ -152,8 +157,8 @@ def parse(name: str) -> CacheCodec | LatentCodec:
     bits = re.fullmatch(r"kv([248])|k([248])v([248])", "kv8" if precision == "int8" else precision)
     if bits is None:
         raise CodecError(
-            f"kv codec: expected bf16, fp16, fp32, int8, kv8, kv4, kv2 or k4v2 and the like, with "
-            f"ingredients such as kv4-g32 or kv4-hadamard, got {name!r}"
+            f"kv codec: expected bf16, fp16, fp32, fp8, int8, kv8, kv4, kv2 or k4v2 and the like, "
+            f"with ingredients such as kv4-g32 or kv4-hadamard, got {name!r}"
         )
     parts = tuple(_part(name, word) for word in words)
     kinds = [_kind(p) for p in parts]
