@@ -39,6 +39,9 @@ inline std::vector<Family> families() {
 #define X(tile) "kv4.sm80." #tile,
                        TSL_KV4_SM80(X)
 #undef X
+#define X(rows) "kv4.sm90." #rows,
+                           TSL_KV4_SM90(X)
+#undef X
        }},
       {"mla",
        {

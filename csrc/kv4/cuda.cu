@@ -46,6 +46,17 @@ int run_cuda(const Params& p, void* stream) {
   if (cuda::this_device().arch < 80)
     throw std::runtime_error("tessella::kv4_attn: needs a GPU of compute capability 8.0 or later");
   auto* const s = static_cast<cudaStream_t>(stream);
+  const std::string forced = env().force.empty() ? "" : forced_kernel("kv4");
+  const bool must = forced == "kv4.sm90.few";
+  bool may = false;
+  if constexpr (kHasSm90) may = forced != "kv4.sm80.plain" && sm90_takes(p);
+  if (must && !may)
+    throw std::runtime_error("TESSELLA_FORCE: '" + forced + "' cannot run this problem or GPU");
+  if constexpr (kHasSm90)
+    if (may && (must || msm::dev::rows_at_once(p, Part::kAll) <= 8)) {
+      const int error = run_sm90(p, stream);
+      return error != 0 ? error : msm::dev::launch_merge(p, pdl(), s);
+    }
   const bool exact = p.D == 64 || p.D == 128 || p.D == 256;
   const bool same =
       exact && p.page.k_bits == p.page.v_bits && p.page.groups() == 1 && !p.page.channel;

@@ -63,6 +63,10 @@ struct Places {
 void run_cpu(const Params& p);
 int run_cuda(const Params& p, void* stream);
 
+// Hopper's body for few rows, without the merge of split keys; whether it takes this problem.
+bool sm90_takes(const Params& p);
+int run_sm90(const Params& p, void* stream);
+
 struct AppendParams : msm::AppendParams {
   uint8_t* pages;
   layout::KvPage page;

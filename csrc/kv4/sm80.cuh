@@ -162,7 +162,8 @@ struct Coded {
     apply(p.q_fold, at, p.D, reinterpret_cast<float*>(ring) + warp * kD, x);
     const int exponent = into_half_range(x);
     const float scale = p.scale * kLog2e;
-    return {exp2f(float(exponent)) * scale, bias * scale};
+    const float factor = exp2f(float(exponent)) * scale;
+    return {factor, bias * scale, factor};
   }
   __device__ void result(float* room, const Rows& rows, int warp, float (&x)[kD / 32]) const {
     apply(p.o_fold, p.factor_row(rows.request) * p.J + rows.j, p.D, room + warp * kD, x);

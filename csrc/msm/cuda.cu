@@ -19,66 +19,83 @@ int gpu_sms() { return cuda::this_device().sms; }
 namespace dev {
 
 // One row of a merge by a block: `parts` parts from partial row `part0` on, `step` rows apart. A
-// warp takes every fourth part, four channels a lane.
+// warp takes every fourth part, four channels a lane, several at once, since what it waits for is
+// the way to memory. A warp has a reference of its own until the four are joined.
 __device__ inline void merge_row(const Batch& p, int64_t j, int64_t place, int64_t head,
                                  int64_t part0, int64_t step, int parts) {
+  constexpr int kAtOnce = 4;
   __shared__ float4 totals[kWarps][2][32];
-  __shared__ float sums[kWarps];
+  __shared__ float tops[kWarps], sums[kWarps];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, D = int(p.D);
   const float* lse = p.partial_lse + j * p.partial_rows + part0;
-  float top = p.sinks ? p.sinks[head] : -kInf, nan = 0.f;
-  for (int i = lane; i < parts; i += 32) {
-    const float x = lse[i * step];
-    top = fmaxf(top, x);
-    nan += x != x ? 1.f : 0.f;
-  }
-#pragma unroll
-  for (int by = 1; by < 32; by *= 2) {
-    top = fmaxf(top, __shfl_xor_sync(~0u, top, by));
-    nan += __shfl_xor_sync(~0u, nan, by);
-  }
   const float* from = p.partial + (j * p.partial_rows + part0) * D + 4 * lane;
   float4 o[2] = {};
-  float sum = 0.f;
-#pragma unroll 4
-  for (int i = warp; i < parts; i += kWarps) {
-    const float share = top == -kInf ? 0.f : __expf(lse[i * step] - top);
-    sum += share;
+  float top = -kInf, sum = 0.f;
+  for (int first = warp; first < parts; first += kWarps * kAtOnce) {
+    float4 v[kAtOnce][2] = {};
+    float x[kAtOnce], high = top;
+#pragma unroll
+    for (int k = 0; k < kAtOnce; ++k) {
+      const int i = first + kWarps * k;
+      x[k] = i < parts ? lse[i * step] : -kInf;
+#pragma unroll
+      for (int c = 0; c < 2; ++c)
+        if (i < parts && 4 * lane + 128 * c < D)
+          v[k][c] = *reinterpret_cast<const float4*>(from + i * step * D + 128 * c);
+    }
+#pragma unroll
+    for (int k = 0; k < kAtOnce; ++k) high = fmaxf(high, x[k]);
+    const float keep = top == high ? 1.f : __expf(top - high);
+    top = high;
+    sum *= keep;
 #pragma unroll
     for (int c = 0; c < 2; ++c)
-      if (4 * lane + 128 * c < D) {
-        const float4 v = *reinterpret_cast<const float4*>(from + i * step * D + 128 * c);
-        o[c].x += share * v.x;
-        o[c].y += share * v.y;
-        o[c].z += share * v.z;
-        o[c].w += share * v.w;
+      o[c] = make_float4(o[c].x * keep, o[c].y * keep, o[c].z * keep, o[c].w * keep);
+#pragma unroll
+    for (int k = 0; k < kAtOnce; ++k) {
+      const float share = x[k] == -kInf ? 0.f : __expf(x[k] - top);
+      sum += share;
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        o[c].x += share * v[k][c].x;
+        o[c].y += share * v[k][c].y;
+        o[c].z += share * v[k][c].z;
+        o[c].w += share * v[k][c].w;
       }
+    }
   }
   totals[warp][0][lane] = o[0];
   totals[warp][1][lane] = o[1];
-  if (lane == 0) sums[warp] = sum;
+  if (lane == 0) tops[warp] = top, sums[warp] = sum;
   __syncthreads();
+  top = p.sinks ? p.sinks[head] : -kInf;
+  for (int w = 0; w < kWarps; ++w) top = fmaxf(top, tops[w]);
   sum = p.sinks && top != -kInf ? __expf(p.sinks[head] - top) : 0.f;
-  for (int w = 0; w < kWarps; ++w) sum += sums[w];
-  const float none = nan > 0.f ? __int_as_float(0x7fffffff) : 0.f;
-  const float by = nan > 0.f ? none : sum > 0.f ? 1.f / sum : 0.f;
+  float share[kWarps];
+#pragma unroll
+  for (int w = 0; w < kWarps; ++w) {  // a sum that is not a number stays so
+    share[w] = tops[w] == -kInf && sums[w] == 0.f ? 0.f : __expf(tops[w] - top);
+    sum += share[w] * sums[w];
+  }
+  const bool nan = sum != sum;
+  const float by = nan || sum > 0.f ? 1.f / sum : 0.f;
   for (int d = threadIdx.x; d < D; d += kThreads) {
     float x = 0.f;
+#pragma unroll
     for (int w = 0; w < kWarps; ++w)
-      x += reinterpret_cast<const float*>(&totals[w][d / 128][0])[d % 128];
+      x += share[w] * reinterpret_cast<const float*>(&totals[w][d / 128][0])[d % 128];
     store_float(p.out, place * D + d, p.dtype, x * by);
   }
-  if (threadIdx.x == 0 && p.lse)
-    p.lse[place] = nan > 0.f ? none : sum == 0.f ? -kInf : top + __logf(sum);
+  if (threadIdx.x == 0 && p.lse) p.lse[place] = nan ? sum : sum == 0.f ? -kInf : top + __logf(sum);
   __syncthreads();
 }
 
 // A block takes a row of 4 that lie next to each other, so that all of the GPU is busy for few.
 __global__ __launch_bounds__(kThreads) void merge(const Batch p) {
-  ptx::wait_for_previous_grid();
-  ptx::allow_next_grid();
   const int64_t G = p.H / p.J;
   if (p.plan.words == nullptr) {
+    ptx::wait_for_previous_grid();
+    ptx::allow_next_grid();
     const int64_t rows = p.T * G;
     for (int64_t i = blockIdx.x; i < rows * p.J; i += gridDim.x) {
       const int64_t row = i / p.J, j = i % p.J, head = j * G + row % G;
@@ -86,15 +103,28 @@ __global__ __launch_bounds__(kThreads) void merge(const Batch p) {
     }
     return;
   }
-  // rows of a merge: every fourth by each of four blocks
-  const int64_t items = int64_t{p.plan.header().merges} * p.J * 4;
-  for (int64_t i = blockIdx.x; i < items; i += gridDim.x) {
-    const Merge m = p.plan.merges()[i / 4 / p.J];
-    const int64_t j = i / 4 % p.J, first = p.cu_q[m.request];
+  // rows of a merge: every fourth by each of four blocks. The previous grid is that of the parts,
+  // which waited before it let this one start: the plan and the batch are older, hence complete
+  const unsigned J = unsigned(p.J), items = unsigned(p.plan.header().merges) * J * 4;
+  unsigned i = blockIdx.x;
+  Merge m{};
+  int64_t first = 0;
+  auto look = [&] {
+    if (i >= items) return;
+    m = p.plan.merges()[i / 4 / J];
+    first = p.cu_q[m.request];
+  };
+  look();
+  ptx::wait_for_previous_grid();
+  ptx::allow_next_grid();
+  while (i < items) {
+    const int64_t j = i / 4 % J;
     for (int r = int(i % 4); r < m.rows; r += 4) {
       const int64_t row = m.row0 + r, head = j * G + row % G;
       merge_row(p, j, (first + row / G) * p.H + head, head, m.partial + r, m.rows, m.parts);
     }
+    i += gridDim.x;
+    look();
   }
 }
 
@@ -102,7 +132,7 @@ int launch_merge(const Batch& p, bool programmatic, cudaStream_t stream) {
   if (p.partial_rows == 0) return 0;
   const int64_t items =
       p.plan.words != nullptr ? (p.plan_words - kHeaderWords) / kMergeWords * p.J * 4 : p.T * p.H;
-  const int64_t most = int64_t{gpu_sms()} * 8;
+  const int64_t most = int64_t{gpu_sms()} * 4;
   const cuda::Launch l{
       dim3(unsigned(items < most ? items : most)), unsigned(kThreads), 0, 1, programmatic, stream};
   return items > 0 ? cuda::launch(l, &merge, p) : 0;

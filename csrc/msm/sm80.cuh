@@ -195,9 +195,10 @@ struct Walk {
   }
 };
 
-// What a source says of a query row: the factor of its products, and what is added to its scores.
+// What a source says of a query row: the factor of its products, what is added to its scores, and
+// the factor of the sum of its numbers.
 struct RowNumbers {
-  float scale, bias;
+  float scale, bias, unit;
 };
 
 // Rows of a group: query -> fragments in shared memory.
@@ -234,7 +235,7 @@ __device__ inline void load_queries(const S& source, const Room<S>& room, const 
     for (int by = 1; by < 32; by *= 2) sum += __shfl_xor_sync(~0u, sum, by);
     if (lane == 0) {
       room.scale[r] = n.scale;
-      room.sum[r] = sum * n.scale;
+      room.sum[r] = sum * n.unit;
       room.bias[r] = n.bias;
     }
   }
@@ -467,7 +468,7 @@ struct Plain {
   __device__ int channel_out(int m, int half, int r) const { return 16 * m + 8 * half + r; }
 
   __device__ RowNumbers query(char*, const Rows&, int, float (&)[kD / 32]) const {
-    return {1.f, 0.f};
+    return {1.f, 0.f, 1.f};
   }
   __device__ void result(float*, const Rows&, int, float (&)[kD / 32]) const {}
   __device__ void keep_queries(const uint2* fragments) {
@@ -600,6 +601,16 @@ inline int rows_at_once(const Batch& p, Part part) {
   return rows <= 8 ? 8 : rows <= 16 ? 16 : 32;
 }
 
+// Thread blocks for the tasks of a batch: the hardware hands them out in order, longest first;
+// beyond `most` they loop.
+inline unsigned blocks_of(const Batch& p, int64_t most) {
+  const int64_t rows = p.T * (p.H / p.J);
+  const int64_t tasks = p.plan.words != nullptr
+                            ? (p.plan_words - kHeaderWords) / kTaskWords
+                            : (rows / p.uniform.tile + (p.B < p.T ? p.B : p.T)) * p.uniform.parts;
+  return unsigned(tasks * p.J < most ? tasks * p.J : most);
+}
+
 template <class S>
 int launch(const typename S::Problem& p, Part part, int stage_bytes, int sms, bool programmatic,
            cudaStream_t stream, Turn turn = Turn::kAlone) {
@@ -610,19 +621,9 @@ int launch(const typename S::Problem& p, Part part, int stage_bytes, int sms, bo
   if (error != cudaSuccess) return int(error);
   const uint64_t zg = uint64_t(p.Z / 16), whole = uint64_t{1} << 32;
   const Setup setup{part, turn, stage_bytes, zg == 1 ? 0 : uint32_t((whole + zg - 1) / zg)};
-  const int64_t rows = p.T * (p.H / p.J);
-  const int64_t tasks = p.plan.words != nullptr
-                            ? (p.plan_words - kHeaderWords) / kTaskWords
-                            : (rows / p.uniform.tile + (p.B < p.T ? p.B : p.T)) * p.uniform.parts;
-  // the hardware hands out blocks in order, longest first; beyond a few waves they loop
-  const int64_t most = int64_t{sms} * S::kBlocks * 4, items = tasks * p.J;
-  const cuda::Launch l{dim3(unsigned(items < most ? items : most)),
-                       unsigned(kThreads),
-                       size_t(bytes),
-                       1,
-                       programmatic,
-                       stream};
-  return items > 0 ? cuda::launch(l, kernel, p, setup) : 0;
+  const unsigned blocks = blocks_of(p, int64_t{sms} * S::kBlocks * 4);
+  const cuda::Launch l{dim3(blocks), unsigned(kThreads), size_t(bytes), 1, programmatic, stream};
+  return blocks > 0 ? cuda::launch(l, kernel, p, setup) : 0;
 }
 
 // The merge of split keys (msm/cuda.cu), after the launches above.
