@@ -20,26 +20,28 @@ namespace dev {
 
 // One row of a merge by a block: `parts` parts from partial row `part0` on, `step` rows apart. A
 // warp takes every fourth part, four channels a lane, several at once, since what it waits for is
-// the way to memory. A warp has a reference of its own until the four are joined.
+// the way to memory. A warp has a reference of its own until the four are joined. kHalves: of a row
+// of 256 channels at most.
+template <int kHalves>
 __device__ inline void merge_row(const Batch& p, int64_t j, int64_t place, int64_t head,
                                  int64_t part0, int64_t step, int parts) {
-  constexpr int kAtOnce = 4;
-  __shared__ float4 totals[kWarps][2][32];
+  constexpr int kAtOnce = 8 / kHalves;
+  __shared__ float4 totals[kWarps][kHalves][32];
   __shared__ float tops[kWarps], sums[kWarps];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, D = int(p.D);
   const float* lse = p.partial_lse + j * p.partial_rows + part0;
   const float* from = p.partial + (j * p.partial_rows + part0) * D + 4 * lane;
-  float4 o[2] = {};
+  float4 o[kHalves] = {};
   float top = -kInf, sum = 0.f;
   for (int first = warp; first < parts; first += kWarps * kAtOnce) {
-    float4 v[kAtOnce][2] = {};
+    float4 v[kAtOnce][kHalves] = {};
     float x[kAtOnce], high = top;
 #pragma unroll
     for (int k = 0; k < kAtOnce; ++k) {
       const int i = first + kWarps * k;
       x[k] = i < parts ? lse[i * step] : -kInf;
 #pragma unroll
-      for (int c = 0; c < 2; ++c)
+      for (int c = 0; c < kHalves; ++c)
         if (i < parts && 4 * lane + 128 * c < D)
           v[k][c] = *reinterpret_cast<const float4*>(from + i * step * D + 128 * c);
     }
@@ -49,14 +51,14 @@ __device__ inline void merge_row(const Batch& p, int64_t j, int64_t place, int64
     top = high;
     sum *= keep;
 #pragma unroll
-    for (int c = 0; c < 2; ++c)
+    for (int c = 0; c < kHalves; ++c)
       o[c] = make_float4(o[c].x * keep, o[c].y * keep, o[c].z * keep, o[c].w * keep);
 #pragma unroll
     for (int k = 0; k < kAtOnce; ++k) {
       const float share = x[k] == -kInf ? 0.f : __expf(x[k] - top);
       sum += share;
 #pragma unroll
-      for (int c = 0; c < 2; ++c) {
+      for (int c = 0; c < kHalves; ++c) {
         o[c].x += share * v[k][c].x;
         o[c].y += share * v[k][c].y;
         o[c].z += share * v[k][c].z;
@@ -64,8 +66,8 @@ __device__ inline void merge_row(const Batch& p, int64_t j, int64_t place, int64
       }
     }
   }
-  totals[warp][0][lane] = o[0];
-  totals[warp][1][lane] = o[1];
+#pragma unroll
+  for (int c = 0; c < kHalves; ++c) totals[warp][c][lane] = o[c];
   if (lane == 0) tops[warp] = top, sums[warp] = sum;
   __syncthreads();
   top = p.sinks ? p.sinks[head] : -kInf;
@@ -91,6 +93,7 @@ __device__ inline void merge_row(const Batch& p, int64_t j, int64_t place, int64
 }
 
 // A block takes a row of 4 that lie next to each other, so that all of the GPU is busy for few.
+template <int kHalves>
 __global__ __launch_bounds__(kThreads) void merge(const Batch p) {
   const int64_t G = p.H / p.J;
   if (p.plan.words == nullptr) {
@@ -99,7 +102,7 @@ __global__ __launch_bounds__(kThreads) void merge(const Batch p) {
     const int64_t rows = p.T * G;
     for (int64_t i = blockIdx.x; i < rows * p.J; i += gridDim.x) {
       const int64_t row = i / p.J, j = i % p.J, head = j * G + row % G;
-      merge_row(p, j, row / G * p.H + head, head, row, rows, int(p.uniform.parts));
+      merge_row<kHalves>(p, j, row / G * p.H + head, head, row, rows, int(p.uniform.parts));
     }
     return;
   }
@@ -121,7 +124,7 @@ __global__ __launch_bounds__(kThreads) void merge(const Batch p) {
     const int64_t j = i / 4 % J;
     for (int r = int(i % 4); r < m.rows; r += 4) {
       const int64_t row = m.row0 + r, head = j * G + row % G;
-      merge_row(p, j, (first + row / G) * p.H + head, head, m.partial + r, m.rows, m.parts);
+      merge_row<kHalves>(p, j, (first + row / G) * p.H + head, head, m.partial + r, m.rows, m.parts);
     }
     i += gridDim.x;
     look();
@@ -135,7 +138,8 @@ int launch_merge(const Batch& p, bool programmatic, cudaStream_t stream) {
   const int64_t most = int64_t{gpu_sms()} * 4;
   const cuda::Launch l{
       dim3(unsigned(items < most ? items : most)), unsigned(kThreads), 0, 1, programmatic, stream};
-  return items > 0 ? cuda::launch(l, &merge, p) : 0;
+  if (items == 0) return 0;
+  return p.D <= 128 ? cuda::launch(l, &merge<1>, p) : cuda::launch(l, &merge<2>, p);
 }
 
 template <class S>

@@ -93,7 +93,7 @@ struct Rows {
       : p(batch),
         request(t.request),
         row0(t.row0),
-        G(int(batch.H / batch.J)),
+        G(int(unsigned(batch.H) / unsigned(batch.J))),  // 64-bit divisions take long
         kv_end(t.kv_end),
         j(head),
         mask(batch.mask_of(t.request)),

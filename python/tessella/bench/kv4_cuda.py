@@ -25,6 +25,13 @@ def caches_of(c: Case, codec: KVCodec, pages: int, n: int) -> list[KV4Pages]:
     return caches
 
 
+def kernel_of(c: Case, codec: KVCodec) -> str:
+    """Which body runs on Hopper: one of its own for up to 8 packed rows and one scale a token."""
+    few = c["q"] * c["H"] <= 8 * c["J"] and codec in (KVCodec(4, 4), KVCodec(8, 8))
+    own = torch.cuda.get_device_capability() == (9, 0)
+    return "kv4.sm90.few" if few and own else "kv4.sm80.plain"
+
+
 def prepare(c: Case, selection: Selection) -> Prepared:
     """Our codecs and bf16 SDPA on one case."""
     p, batch = shared.problem(c)
@@ -39,7 +46,7 @@ def prepare(c: Case, selection: Selection) -> Prepared:
         subjects.append(
             Subject(
                 name=name,
-                kernel="kv4.sm80.plain",
+                kernel=kernel_of(c, codec),
                 case={"kv": name},
                 call=lambda i, caches=caches, n=n: ops.kv4_attn(
                     p.q, caches[i % n], batch, plan=p.plan
