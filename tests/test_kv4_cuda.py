@@ -180,7 +180,7 @@ def test_a_forced_kernel_refuses_what_it_was_not_compiled_for():
         q, cache, batch, _ = coded_problem(codec, 4, 2, D, Z, torch.float16, None)
         with (
             force("kv4.sm90.few"),
-            pytest.raises(RuntimeError, match="kv4.sm90.few' cannot run this problem"),
+            pytest.raises(RuntimeError, match=r"kv4\.sm90\.few' cannot run this problem"),
         ):
             attend(q, cache, batch)
 

@@ -26,7 +26,8 @@ static bool lay_out(sm90::Args& a, int room, int blocks) {
   a.stage_bytes = a.pitch << a.log_pages;
   a.stage_keys = int(a.Z) << a.log_pages;
   a.stages = left / (a.stage_bytes + 16);
-  return a.Z <= sm90::kStageKeys && a.bytes % 128 == 0 && a.bytes / 128 <= 256 && a.stages > sm90::kLag;
+  return a.Z <= sm90::kStageKeys && a.bytes % 128 == 0 && a.bytes / 128 <= 256 &&
+         a.stages > sm90::kLag;
 }
 
 template <class S>
@@ -40,7 +41,8 @@ static int launch(const Params& p, cudaStream_t stream) {
   CUtensorMap map;
   // pages [P * J][bytes / 128][128]
   const int64_t rows = a.bytes / 128;
-  const int made = cuda::tensor_map<3>(&map, p.pages, 1, {128, rows, p.P * p.J}, {128, int(rows), 1});
+  const int made =
+      cuda::tensor_map<3>(&map, p.pages, 1, {128, rows, p.P * p.J}, {128, int(rows), 1});
   if (made != 0) return made;
   const int64_t zg = p.Z / msm::dev::kGroup, whole = int64_t{1} << 32;
   a.page_groups = zg == 1 ? 0 : uint32_t((whole + zg - 1) / zg);
@@ -56,13 +58,14 @@ static int launch(const Params& p, cudaStream_t stream) {
 
 bool sm90_takes(const Params& p) {
   const bool head = p.D == 64 || p.D == 128 || p.D == 256;
-  const bool codes = p.page.k_bits == p.page.v_bits && p.page.k_bits >= 4 &&
-                     p.page.groups() == 1 && !p.page.channel;
+  const bool codes = p.page.k_bits == p.page.v_bits && p.page.k_bits >= 4 && p.page.groups() == 1 &&
+                     !p.page.channel;
   if (!head || !codes || cuda::this_device().arch != 90) return false;
   sm90::Args a(p);
   // the copy engine counts pages in 32 bits
-  return lay_out(a, room_of(int(p.D)), p.D > 128 ? 2 : TSL_BLOCKS) && p.P > 0 && p.P * p.J < int64_t{1} << 31 &&
-         p.T * p.H < int64_t{1} << 31 && reinterpret_cast<uintptr_t>(p.pages) % 16 == 0;
+  return lay_out(a, room_of(int(p.D)), p.D > 128 ? 2 : 4) && p.P > 0 &&
+         p.P * p.J < int64_t{1} << 31 && p.T * p.H < int64_t{1} << 31 &&
+         reinterpret_cast<uintptr_t>(p.pages) % 16 == 0;
 }
 
 int run_sm90(const Params& p, void* stream) {

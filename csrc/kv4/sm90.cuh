@@ -24,13 +24,7 @@ using msm::dev::Rows;
 using msm::dev::State;
 
 constexpr int kStageKeys = kWarps * kGroup;
-#ifndef TSL_LAG
-#define TSL_LAG 1
-#endif
-#ifndef TSL_BLOCKS
-#define TSL_BLOCKS 4
-#endif
-constexpr int kLag = TSL_LAG;
+constexpr int kLag = 1;  // a stage is ordered so many stages after what was there has been read
 constexpr float kUnit = 0x1p-24f;  // of a subnormal fp16 number
 
 // What the host works out for a launch.
@@ -52,7 +46,7 @@ struct Few : dev::Coded<kB, kHead, 1> {
   static constexpr int kBits = kB, kParts = 8 / kB;
   static constexpr int kSteps = kHead * kB / 128;  // of 16 keys, 4 x 64 bytes each
   static constexpr int kGroupBytes = 2 * kHead * kB, kQuad = kHead * kB / 2;
-  static constexpr int kBlocks = kHead > 128 ? 2 : TSL_BLOCKS;
+  static constexpr int kBlocks = kHead > 128 ? 2 : 4;
   // of the totals by which half of a product's rows they are
   static constexpr float kHigh = kB == 4 ? 16 * kUnit : kUnit;
 
@@ -242,8 +236,8 @@ __device__ __forceinline__ void weigh(const Places<S>& at, uint32_t page, const 
 // kWhole: every row sees every key, and no score is capped.
 template <bool kWhole, class S>
 __device__ __forceinline__ void step(const S& s, const Places<S>& at, const Room<S>& room,
-                                     const Rows& rows, State<S>& st, Pair& row, int row0,
-                                     int count, int key0, uint32_t page) {
+                                     const Rows& rows, State<S>& st, Pair& row, int row0, int count,
+                                     int key0, uint32_t page) {
   const Lane lane;
   const Read<S> in(at, page);
   float x[4], y[4];
@@ -447,9 +441,7 @@ __device__ inline void run_task(const Args& p, const CUtensorMap* map, const Tas
     walk(mine, p, room, rows, st, pages, ring, at, row0, count, begin, end);
     ptx::named_barrier(1, kThreads);
     msm::dev::join_warps(source, room, st, warp, 1);
-    Task here = t;
-    if (t.partial >= 0) here.partial = t.partial - t.row0;  // rows count from the request's first
-    msm::dev::finish(source, room, rows, here, row0, count, warp);
+    msm::dev::finish(source, room, rows, t, row0, count, warp);
     ptx::fence_for_copies();  // the ring held totals
     ptx::named_barrier(1, kThreads);
   }
@@ -457,16 +449,17 @@ __device__ inline void run_task(const Args& p, const CUtensorMap* map, const Tas
 
 // Item i is kv head i % J of task i / J.
 template <class S>
-__global__ __launch_bounds__(kThreads, S::kBlocks) void attend(
-    const __grid_constant__ CUtensorMap map, const __grid_constant__ Args p) {
+__global__ __launch_bounds__(kThreads,
+                             S::kBlocks) void attend(const __grid_constant__ CUtensorMap map,
+                                                     const __grid_constant__ Args p) {
   extern __shared__ __align__(1024) char memory[];
   char* const after = memory + p.stages * p.stage_bytes;
   Room<S> room(after);
   room.ring = memory;
-  const Stages ring{ptx::shared_address(memory), ptx::shared_address(after) + Room<S>::kQ +
-                                                     Room<S>::kNumbers +
-                                                     Room<S>::kRows * Room<S>::kRow,
-                    p.stages};
+  const Stages ring{
+      ptx::shared_address(memory),
+      ptx::shared_address(after) + Room<S>::kQ + Room<S>::kNumbers + Room<S>::kRows * Room<S>::kRow,
+      p.stages};
   if (threadIdx.x == 0) {
     ptx::prefetch_map(&map);
     for (int i = 0; i < p.stages; ++i) {

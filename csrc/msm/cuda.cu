@@ -124,7 +124,8 @@ __global__ __launch_bounds__(kThreads) void merge(const Batch p) {
     const int64_t j = i / 4 % J;
     for (int r = int(i % 4); r < m.rows; r += 4) {
       const int64_t row = m.row0 + r, head = j * G + row % G;
-      merge_row<kHalves>(p, j, (first + row / G) * p.H + head, head, m.partial + r, m.rows, m.parts);
+      merge_row<kHalves>(p, j, (first + row / G) * p.H + head, head, m.partial + r, m.rows,
+                         m.parts);
     }
     i += gridDim.x;
     look();

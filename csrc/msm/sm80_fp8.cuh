@@ -28,7 +28,8 @@ struct Eights {
 
   __device__ RowNumbers query(char*, const Rows&, int, float (&x)[kD / 32]) const {
     const int exponent = into_half_range(x);
-    return {exp2f(float(exponent)) * p.scale * kLog2e, 0.f};
+    const float factor = exp2f(float(exponent)) * p.scale * kLog2e;
+    return {factor, 0.f, factor};
   }
   __device__ void result(float*, const Rows&, int, float (&)[kD / 32]) const {}
   __device__ void keep_queries(const uint2* fragments) {
