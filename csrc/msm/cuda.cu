@@ -131,13 +131,24 @@ static int run_plain(const Params& p, Part part, cudaStream_t stream) {
 
 }  // namespace dev
 
-// Whether a batch has tiles of 64 rows or more, as far as that can be told without its lengths: one
-// of equally long requests is taken for what it looks like.
-static bool has_big_tiles(const Params& p) {
-  if (p.plan.words == nullptr) return p.uniform.tile >= kBigTile;
-  if (p.B == 0) return false;
-  const int64_t G = p.H / p.J, small = kBigTile / 2;
-  return p.T * G > small * p.B || (p.T % p.B != 0 && (p.T - p.B + 1) * G > small);
+// Which of Hopper's bodies a batch is for, as far as that can be told without its lengths: one that
+// divides evenly is taken for what it looks like. Any body may be given any tile.
+struct Bodies {
+  bool t128, t64;  // tiles of 64 rows and more, and what then is left; else plain
+};
+static Bodies choose_bodies(const Params& p) {
+  if (p.B == 0) return {false, false};
+  const int64_t G = p.H / p.J, usual = ceil_div(p.T, p.B) * G;
+  const int64_t most = p.T % p.B == 0 ? usual : (p.T - p.B + 1) * G;  // rows of a request
+  const bool t128 = p.plan.words != nullptr ? most > 64 : p.uniform.tile > 64;
+  return {t128, t128 || p.plan.words == nullptr ? usual > 16 && usual <= 64 : most > 16};
+}
+
+static int run_rest(const Params& p, bool t64, Part part, bool pdl, cudaStream_t stream) {
+  if constexpr (kHasSm90)
+    if (t64) return run_sm90(p, 64, part, pdl, stream);
+  return p.dtype == DType::kBF16 ? dev::run_plain<DType::kBF16>(p, part, stream)
+                                 : dev::run_plain<DType::kF16>(p, part, stream);
 }
 
 int run_cuda(const Params& p, void* stream) {
@@ -147,22 +158,19 @@ int run_cuda(const Params& p, void* stream) {
   auto* const s = static_cast<cudaStream_t>(stream);
   const bool pdl = env().programmatic && cuda::this_device().arch >= 90;
   const std::string forced = env().force.empty() ? "" : forced_kernel("msm");
-  const bool must = forced == "msm.sm90.t128";
+  const bool must = forced == "msm.sm90.t128" || forced == "msm.sm90.t64";
   bool may = false;
   if constexpr (kHasSm90) may = forced != "msm.sm80.plain" && sm90_takes(p);
   if (must && !may)
     throw std::runtime_error("TESSELLA_FORCE: '" + forced + "' cannot run this problem or GPU");
-  Part rest = Part::kAll;
+  Bodies bodies = may ? choose_bodies(p) : Bodies{false, false};
+  if (must) bodies = {forced == "msm.sm90.t128", forced == "msm.sm90.t64"};
   int error = 0;
   if constexpr (kHasSm90)
-    if (may && (must || has_big_tiles(p))) {
-      error = run_sm90(p, stream);
-      rest = Part::kSmall;
-    }
-  const bool done = rest == Part::kSmall && p.plan.words == nullptr && p.uniform.tile >= kBigTile;
+    if (bodies.t128) error = run_sm90(p, 128, Part::kBig, pdl, s);
+  const bool done = bodies.t128 && p.plan.words == nullptr && p.uniform.tile >= kBigTile;
   if (error == 0 && !done)
-    error = p.dtype == DType::kBF16 ? dev::run_plain<DType::kBF16>(p, rest, s)
-                                    : dev::run_plain<DType::kF16>(p, rest, s);
+    error = run_rest(p, bodies.t64, bodies.t128 ? Part::kSmall : Part::kAll, pdl, s);
   return error != 0 ? error : dev::launch_merge(p, pdl, s);
 }
 

@@ -1,4 +1,4 @@
-// Launch of the Hopper body; compiled for sm_90a only.
+// Launches of the Hopper body; compiled for sm_90a only.
 #include <cuda_runtime.h>
 
 #include "msm/sm90.cuh"
@@ -11,8 +11,8 @@
 namespace tessella::msm {
 
 template <class T>
-static int launch(const Params& p, cudaStream_t stream) {
-  sm90::Args a{p, T::kKeys};
+static int launch(const Params& p, Part part, bool programmatic, cudaStream_t stream) {
+  sm90::Args a{p, T::kKeys, part};
   while (a.Z % a.box != 0) a.box /= 2;
   // pages [P * J * 2 * Z / 8][8][D], a box of some keys of one page as the kernel lays them
   const int64_t groups = p.P * p.J * 2 * p.Z / 8, row = p.D * 2;
@@ -26,18 +26,20 @@ static int launch(const Params& p, cudaStream_t stream) {
       cudaFuncSetAttribute(reinterpret_cast<const void*>(&sm90::attend<T>),
                            cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   if (attribute != cudaSuccess) return int(attribute);
-  const cudaError_t zeroed = cudaMemsetAsync(a.counter, 0, sizeof(int), stream);
-  if (zeroed != cudaSuccess) return int(zeroed);
-  // not programmatic: it follows a memset
-  const cuda::Launch l{
-      dim3(unsigned(cuda::this_device().sms)), sm90::kThreads, size_t(kBytes), 1, false, stream};
+  if (T::kGroups == 2) {
+    const cudaError_t zeroed = cudaMemsetAsync(a.counter, 0, sizeof(int), stream);
+    if (zeroed != cudaSuccess) return int(zeroed);
+    programmatic = false;  // it follows a memset
+  }
+  const unsigned blocks = unsigned(cuda::this_device().sms * T::kBlocks);
+  const cuda::Launch l{dim3(blocks), T::kThreads, size_t(kBytes), 1, programmatic, stream};
   return cuda::launch(l, &sm90::attend<T>, map, a);
 }
 
-template <DType kType>
-static int launch(const Params& p, cudaStream_t stream) {
+template <DType kType, int kMath>
+static int launch(const Params& p, Part part, bool programmatic, cudaStream_t stream) {
 #define X(kD) \
-  if (p.D == kD) return launch<sm90::Tile<kType, kD>>(p, stream);
+  if (p.D == kD) return launch<sm90::Tile<kType, kD, kMath>>(p, part, programmatic, stream);
   TSL_MSM_SM90_DIMS(X)
 #undef X
   return int(cudaErrorInvalidValue);
@@ -57,9 +59,16 @@ bool sm90_takes(const Params& p) {
          reinterpret_cast<uintptr_t>(p.out) % 16 == 0;
 }
 
-int run_sm90(const Params& p, void* stream) {
+template <int kMath>
+static int launch(const Params& p, Part part, bool programmatic, void* stream) {
   auto* const s = static_cast<cudaStream_t>(stream);
-  return p.dtype == DType::kBF16 ? launch<DType::kBF16>(p, s) : launch<DType::kF16>(p, s);
+  return p.dtype == DType::kBF16 ? launch<DType::kBF16, kMath>(p, part, programmatic, s)
+                                 : launch<DType::kF16, kMath>(p, part, programmatic, s);
+}
+
+int run_sm90(const Params& p, int rows, Part part, bool programmatic, void* stream) {
+  return rows > 64 ? launch<2>(p, part, programmatic, stream)
+                   : launch<1>(p, part, programmatic, stream);
 }
 
 }  // namespace tessella::msm

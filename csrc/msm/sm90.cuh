@@ -1,16 +1,19 @@
-// msm on Hopper: tiles of up to 128 packed rows against 16-bit pages, on wgmma.
+// msm on Hopper: tiles of up to 64 or 128 packed rows against 16-bit pages, on wgmma.
 //
-// A thread block is three warpgroups. Two multiply, 64 rows each; the first feeds them: a warp
-// each brings keys and values by the copy engine, a box for each page or part of one, and one takes
-// tasks from a counter and gathers the queries. Shared memory holds every operand in atoms of 8
+// A thread block is two or three warpgroups. One or two multiply, 64 rows each; the first feeds
+// them: a warp each brings keys and values by the copy engine, a box for each page or part of one,
+// and one takes tasks and gathers the queries. Shared memory holds every operand in atoms of 8
 // rows under the widest swizzle that divides a head: [rows/8][D/E][8][E], so that a box of any
 // number of rows is one piece and lies as its neighbours do.
 //
 // A math warpgroup multiplies block n's queries and keys while it still has to multiply block
 // n+1's probabilities and values, and computes the softmax of the one during the products of the
-// other; a pair of named barriers has the two warpgroups take turns, so that one's softmax runs
-// during the other's products (FlashAttention-3, NeurIPS 2024, sections 3.1 and 3.2). Blocks go
-// from the last visible key to the first, hence masks come first, and only where a block is cut.
+// other. Where there are two, a pair of named barriers has them take turns, so that one's softmax
+// runs during the other's products (FlashAttention-3, NeurIPS 2024, sections 3.1 and 3.2). Blocks
+// go from the last visible key to the first, hence masks come first, and only where a block is cut.
+//
+// With one math warpgroup, for few rows, reading is the limit: two thread blocks share a
+// multiprocessor, so that one reads while the other begins or ends a task.
 #pragma once
 #include "cuda/async.cuh"
 #include "cuda/float.cuh"
@@ -24,24 +27,36 @@ using dev::kLog2e;
 
 struct Args : Batch {
   int box;  // keys of a copy: divides Z and the block of keys
+  Part part;
 };
-
-constexpr int kTile = 128, kThreads = 384;
 
 // softcap tanh(y), of 2 log2(e) y: tanh(y) = 1 - 2 / (1 + exp(2 y)).
 __device__ __forceinline__ float capped(float y, float softcap) {
   return softcap * (1.f - __fdividef(2.f, 1.f + ptx::exp2_fast(y)));
 }
 
-template <DType kT, int kDim>
+// kMath: warpgroups that multiply.
+template <DType kT, int kDim, int kMath>
 struct Tile {
   static constexpr DType kType = kT;
-  static constexpr int kD = kDim, kKeys = kDim > 128 ? 64 : 128;
+  static constexpr int kD = kDim, kGroups = kMath, kTile = 64 * kMath;
+  static constexpr int kThreads = 128 * (1 + kMath);
+  static constexpr int kBlocks = kMath == 1 && kDim <= 128 ? 2 : 1;  // of a multiprocessor
+  static constexpr int kKeys = kMath == 1 || kDim > 128 ? 64 : 128;
   // bytes of an atom's rows
   static constexpr int kRow = kDim % 64 == 0 ? 128 : kDim % 32 == 0 ? 64 : 32;
   static constexpr int kChunk = kRow / 2, kPieces = kRow / 16;
-  static constexpr int kStages = kDim > 96 ? 2 : kDim > 64 ? 3 : 4;
-  static constexpr int kQueries = kDim > 128 ? 1 : 2;
+  static constexpr int kStages = kMath == 1 ? (kDim > 96   ? 3
+                                               : kDim > 80 ? 4
+                                               : kDim > 64 ? 5
+                                                           : 6)
+                                            : (kDim > 96   ? 2
+                                               : kDim > 64 ? 3
+                                                           : 4);
+  static constexpr int kQueries = kMath == 1 || kDim > 128 ? 1 : 2;
+  static constexpr bool kTrade = kMath == 2 || kBlocks == 2;  // registers are not enough for all
+  static constexpr int kFeedRegisters = kMath == 1 ? 56 : 40;
+  static constexpr int kMathRegisters = kMath == 1 ? 200 : 232;
   static constexpr int kGroup = 16 * kDim;  // bytes of 8 rows
   static constexpr int kQueryBytes = kTile * kDim * 2, kBlockBytes = kKeys * kDim * 2;
   static constexpr int kSums = kDim / 2, kScores = kKeys / 2;  // registers a thread
@@ -95,17 +110,17 @@ __device__ void init_barriers(const Shared<T>& s) {
   const int lane = threadIdx.x % 32;
   if (lane < 2) {
     ptx::barrier_init(s.work_full(lane), 1);
-    ptx::barrier_init(s.work_empty(lane), 10);  // warps that read it
+    ptx::barrier_init(s.work_empty(lane), 2 + 4 * T::kGroups);  // warps that read it
   }
   if (lane < T::kQueries) {
     ptx::barrier_init(s.query_full(lane), 1);
-    ptx::barrier_init(s.query_empty(lane), 8);
+    ptx::barrier_init(s.query_empty(lane), 4 * T::kGroups);
   }
   if (lane < T::kStages) {
     ptx::barrier_init(s.key_full(lane), 1);
-    ptx::barrier_init(s.key_empty(lane), 8);
+    ptx::barrier_init(s.key_empty(lane), 4 * T::kGroups);
     ptx::barrier_init(s.value_full(lane), 1);
-    ptx::barrier_init(s.value_empty(lane), 8);
+    ptx::barrier_init(s.value_empty(lane), 4 * T::kGroups);
   }
   ptx::barrier_init_fence();
 }
@@ -175,16 +190,15 @@ __device__ Work make_work(const Args& a, const Task& t, int head) {
   return w;
 }
 
-// A task's queries, 128 packed rows, zeros where there are fewer. Lane i knows where rows i, i +
-// 32,
-// .. are; a row's pieces are copied by neighbouring lanes.
+// A task's queries, kTile packed rows, zeros where there are fewer. Lane i knows where rows i,
+// i + 32, .. are; a row's pieces are copied by neighbouring lanes.
 template <class T>
 __device__ void gather_queries(const Args& a, const Work& w, uint32_t to) {
   constexpr int kVectors = T::kD / 8;
   const int lane = threadIdx.x % 32, G = int(a.H / a.J);
   const auto* const q = static_cast<const uint16_t*>(a.q);
 #pragma unroll 1
-  for (int first = 0; first < kTile; first += 32) {
+  for (int first = 0; first < T::kTile; first += 32) {
     const int packed = w.row0 + first + lane;
     int64_t at = -1;
     if (first + lane < w.rows)
@@ -203,31 +217,46 @@ __device__ void gather_queries(const Args& a, const Work& w, uint32_t to) {
   __syncwarp();
 }
 
-// The i-th task of all heads, in sections of heads: what runs at a time should share keys in L2,
-// yet each section fill the GPU more than once.
+// Items are the tasks of all heads, and as often again as a task may have more rows than a tile.
+
+// The i-th task of all heads, in sections of heads where queries share keys: what runs at a time
+// should find them in L2, yet each section fill the GPU more than once.
+template <class T>
 __device__ __forceinline__ void find_item(const Args& a, int i, int tasks, int* task, int* head) {
-  const int J = int(a.J), section = min(J, (2 * int(gridDim.x) + tasks - 1) / max(tasks, 1));
+  const int J = int(a.J), most = (2 * int(gridDim.x) + tasks - 1) / max(tasks, 1);
+  const int section = T::kGroups == 1 ? J : min(J, most);
   const int in = i / (tasks * section) * section, heads = min(section, J - in);
   const int rest = i - in * tasks;
   *task = rest / heads;
   *head = in + rest % heads;
 }
 
-// The next item of this block: the first is its own, then whichever nobody took. False at the end.
+// The item after i, without its counter's part. Short tasks are taken from a counter. The others,
+// a few for each block, go round by turns, to and fro, so that who has the longest of one round has
+// the shortest of the next: no counter has to be zeroed, and the launch can overlap the last one.
 template <class T>
-__device__ bool take_work(const Args& a, int tasks, int& i, Work& w) {
-  const int total = tasks * int(a.J);
-  while (i < total) {
+__device__ __forceinline__ int after(const Args& a, int i) {
+  const int grid = int(gridDim.x), own = int(blockIdx.x);
+  if (T::kGroups == 2) return threadIdx.x % 32 == 0 ? grid + atomicAdd(a.counter, 1) : 0;
+  const int round = i / grid + 1;
+  return round * grid + (round % 2 ? grid - 1 - own : own);
+}
+
+// The next item of this block that is one, from `i` on. False at the end.
+template <class T>
+__device__ bool take_work(const Args& a, const dev::TaskRange& range, int& i, Work& w) {
+  const int tasks = int(range.last - range.first), all = tasks * int(a.J);
+  for (; i < all * (128 / T::kTile); i = __shfl_sync(~0u, after<T>(a, i), 0)) {
     int task, head;
-    find_item(a, i, tasks, &task, &head);
+    find_item<T>(a, i % all, tasks, &task, &head);
     Task t;
-    if (dev::find_task(a, task, &t)) {
-      w = make_work<T>(a, t, head);
-      return true;
-    }
-    int taken = 0;
-    if (threadIdx.x % 32 == 0) taken = atomicAdd(a.counter, 1);
-    i = int(gridDim.x) + __shfl_sync(~0u, taken, 0);
+    const int skip = i / all * T::kTile;  // rows
+    if (!dev::find_task(a, range.first + task, &t) || t.rows <= skip) continue;
+    t.row0 += skip;
+    t.rows = min(t.rows - skip, T::kTile);
+    if (t.partial >= 0) t.partial += skip;
+    w = make_work<T>(a, t, head);
+    return true;
   }
   w.blocks = -1;
   return false;
@@ -235,14 +264,15 @@ __device__ bool take_work(const Args& a, int tasks, int& i, Work& w) {
 
 template <class T>
 __device__ void schedule(const Args& a, const Shared<T>& s) {
-  const int lane = threadIdx.x % 32, tasks = int(dev::task_range(a, Part::kBig).last);
+  const int lane = threadIdx.x % 32;
+  const dev::TaskRange range = dev::task_range(a, a.part);
   Ring<2> ring;
   Ring<T::kQueries> queries;
   int i = blockIdx.x;
 #pragma unroll 1
   for (;;) {
     Work w{};
-    const bool more = take_work<T>(a, tasks, i, w);
+    const bool more = take_work<T>(a, range, i, w);
     ptx::barrier_wait(s.work_empty(ring.stage), ring.parity ^ 1);
     if (lane < 4) {
       const uint4* const from = reinterpret_cast<const uint4*>(&w);
@@ -253,14 +283,13 @@ __device__ void schedule(const Args& a, const Shared<T>& s) {
     __syncwarp();
     if (lane == 0) ptx::barrier_arrive(s.work_full(ring.stage));
     if (!more) return;
-    int taken = 0;
-    if (lane == 0) taken = atomicAdd(a.counter, 1);
+    const int next = after<T>(a, i);  // asked for early
     ring.next();
     ptx::barrier_wait(s.query_empty(queries.stage), queries.parity ^ 1);
     gather_queries<T>(a, w, s.queries + queries.stage * T::kQueryBytes);
     if (lane == 0) ptx::barrier_arrive(s.query_full(queries.stage));
     queries.next();
-    i = int(gridDim.x) + __shfl_sync(~0u, taken, 0);
+    i = __shfl_sync(~0u, next, 0);
   }
 }
 
@@ -327,7 +356,8 @@ struct Math {
 
   const Args& a;
   const Shared<T>& s;
-  const int group = threadIdx.x / 128 - 1, thread = threadIdx.x % 128, lane = threadIdx.x % 32;
+  const int group = T::kGroups == 1 ? 0 : threadIdx.x / 128 - 1;
+  const int thread = threadIdx.x % 128, lane = threadIdx.x % 32;
   const int r = thread / 32 * 16 + lane / 4, c = lane % 4;  // this thread: rows r and r + 8
   const bool plain = a.softcap == 0.f && a.scale > 0.f;     // scores are scaled in the exponent
   const float slope = plain ? a.scale * kLog2e : kLog2e;
@@ -340,8 +370,12 @@ struct Math {
     float top[2], sum[2], share[2];
   };
   // The warpgroups' products take turns.
-  __device__ void await_turn() const { ptx::named_barrier(1 + group, 256); }
-  __device__ void give_turn() const { ptx::named_barrier_arrive(2 - group, 256); }
+  __device__ void await_turn() const {
+    if (T::kGroups == 2) ptx::named_barrier(1 + group, 256);
+  }
+  __device__ void give_turn() const {
+    if (T::kGroups == 2) ptx::named_barrier_arrive(2 - group, 256);
+  }
   __device__ void release(uint32_t barrier) const {
     if (lane == 0) ptx::barrier_arrive(barrier);
   }
@@ -403,15 +437,26 @@ struct Math {
       }
       if (!tree) continue;
       const uint64_t* const bits = a.tree_bits + (int64_t{w.tree} + token) * a.tree_words;
-      const int first = w.hist - key0 - 2 * c;
 #pragma unroll
-      for (int i = 0; i < T::kKeys / 4; ++i) {
-        const int at = i / 2 * 8 + i % 2;
-        float& y = x[i / 2 * 4 + 2 * h + i % 2];
-        if (at >= first && at < hi && !(bits[(at - first) / 64] >> (at - first) % 64 & 1))
-          y = -INFINITY;
+      for (int part = 0; part < T::kKeys / 64; ++part) {
+        const uint64_t shown = tree_shows(bits, key0 + part * 64 - w.hist) >> 2 * c;
+#pragma unroll
+        for (int i = 0; i < 16; ++i) {
+          float& y = x[(part * 16 + i) / 2 * 4 + 2 * h + i % 2];
+          if (!(shown >> (i / 2 * 8 + i % 2) & 1)) y = -INFINITY;
+        }
       }
     }
+  }
+  // Which of 64 keys a tree shows to the token of these bits; the first key is the tree's `node`,
+  // less than 0 before the tree.
+  __device__ uint64_t tree_shows(const uint64_t* bits, int node) const {
+    const int first = node >> 6, by = node & 63;
+    const uint64_t low = tree_word(bits, first);
+    return by == 0 ? low : low >> by | tree_word(bits, first + 1) << (64 - by);
+  }
+  __device__ uint64_t tree_word(const uint64_t* bits, int i) const {
+    return i < 0 ? ~uint64_t{0} : i < a.tree_words ? bits[i] : 0;
   }
   // Scales and caps the scores where the exponent cannot do it.
   __device__ void cap(Scores& x) const {
@@ -592,7 +637,7 @@ struct Math {
   }
 
   __device__ void run() {
-    if (group == 1) give_turn();
+    if (T::kGroups == 2 && group == 1) give_turn();
     Work w;
 #pragma unroll 1
     for (; read_work(s, tasks, w); tasks.next()) {
@@ -609,8 +654,9 @@ struct Math {
 };
 
 template <class T>
-__global__ __launch_bounds__(kThreads, 1) void attend(const __grid_constant__ CUtensorMap map,
-                                                      const __grid_constant__ Args a) {
+__global__ __launch_bounds__(T::kThreads,
+                             T::kBlocks) void attend(const __grid_constant__ CUtensorMap map,
+                                                     const __grid_constant__ Args a) {
   extern __shared__ __align__(1024) uint8_t shared_memory[];
   const Shared<T> s(ptx::shared_address(shared_memory));
   const int warp = threadIdx.x / 32;
@@ -620,12 +666,12 @@ __global__ __launch_bounds__(kThreads, 1) void attend(const __grid_constant__ CU
   __syncthreads();
   ptx::allow_next_grid();
   if (warp < 4) {
-    ptx::fewer_registers<40>();
+    if constexpr (T::kTrade) ptx::fewer_registers<T::kFeedRegisters>();
     if (warp == 0) load_pages<T, 0>(a, s, &map);
     if (warp == 1) schedule<T>(a, s);
     if (warp == 2) load_pages<T, 1>(a, s, &map);
   } else {
-    ptx::more_registers<232>();
+    if constexpr (T::kTrade) ptx::more_registers<T::kMathRegisters>();
     Math<T>{a, s}.run();
   }
 }
