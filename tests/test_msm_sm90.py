@@ -79,7 +79,7 @@ def test_requests_without_keys():
 def test_trees_of_every_size(D, G, q):
     """Trees whose bits fill a word or two lie across blocks of keys, in few and many parts."""
     kv_len = [q, q + 1, 63 + q, 64 + q, 127, 128, 129 + q, 640, 1000]
-    check(2 * G, 2, D, 64, mask=["tree"], q_len=[q] * len(kv_len), kv_len=kv_len)
+    check(2 * G, 2, D, 64, mask=["tree"] * 9, q_len=[q] * 9, kv_len=kv_len)
 
 
 @pytest.mark.parametrize("B, q", [(3, 5), (3, 16), (5, 17), (300, 8)])

@@ -17,13 +17,16 @@ int gpu_sms() { return cuda::this_device().sms; }
 
 namespace dev {
 
-// One row of a merge by a block: `parts` parts from partial row `part0` on, `step` rows apart. A
-// warp takes every fourth part, four channels a lane.
+// A row by kTeam warps: `parts` parts from partial row `part0` on, `step` rows apart. A warp takes
+// every kTeam-th part, four channels a lane.
+template <int kTeam>
 __device__ inline void merge_row(const Batch& p, int64_t j, int64_t place, int64_t head,
                                  int64_t part0, int64_t step, int parts) {
   __shared__ float4 totals[kWarps][2][32];
   __shared__ float sums[kWarps];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, D = int(p.D);
+  const int own = warp % kTeam, first = warp - own, thread = own * 32 + lane;
+  const auto meet = [] { kTeam == kWarps ? __syncthreads() : __syncwarp(); };
   const float* lse = p.partial_lse + j * p.partial_rows + part0;
   float top = p.sinks ? p.sinks[head] : -kInf, nan = 0.f;
   for (int i = lane; i < parts; i += 32) {
@@ -40,7 +43,7 @@ __device__ inline void merge_row(const Batch& p, int64_t j, int64_t place, int64
   float4 o[2] = {};
   float sum = 0.f;
 #pragma unroll 4
-  for (int i = warp; i < parts; i += kWarps) {
+  for (int i = own; i < parts; i += kTeam) {
     const float share = top == -kInf ? 0.f : __expf(lse[i * step] - top);
     sum += share;
 #pragma unroll
@@ -56,55 +59,71 @@ __device__ inline void merge_row(const Batch& p, int64_t j, int64_t place, int64
   totals[warp][0][lane] = o[0];
   totals[warp][1][lane] = o[1];
   if (lane == 0) sums[warp] = sum;
-  __syncthreads();
+  meet();
   sum = p.sinks && top != -kInf ? __expf(p.sinks[head] - top) : 0.f;
-  for (int w = 0; w < kWarps; ++w) sum += sums[w];
+  for (int w = 0; w < kTeam; ++w) sum += sums[first + w];
   const float none = nan > 0.f ? __int_as_float(0x7fffffff) : 0.f;
   const float by = nan > 0.f ? none : sum > 0.f ? 1.f / sum : 0.f;
-  for (int d = threadIdx.x; d < D; d += kThreads) {
+  for (int d = thread; d < D; d += 32 * kTeam) {
     float x = 0.f;
-    for (int w = 0; w < kWarps; ++w)
-      x += reinterpret_cast<const float*>(&totals[w][d / 128][0])[d % 128];
+    for (int w = 0; w < kTeam; ++w)
+      x += reinterpret_cast<const float*>(&totals[first + w][d / 128][0])[d % 128];
     store_float(p.out, place * D + d, p.dtype, x * by);
   }
-  if (threadIdx.x == 0 && p.lse)
+  if (thread == 0 && p.lse)
     p.lse[place] = nan > 0.f ? none : sum == 0.f ? -kInf : top + __logf(sum);
-  __syncthreads();
+  meet();
 }
 
-// A block takes a row of 4 that lie next to each other, so that all of the GPU is busy for few.
-__global__ __launch_bounds__(kThreads) void merge(const Batch p) {
-  ptx::wait_for_previous_grid();
-  ptx::allow_next_grid();
-  const int64_t G = p.H / p.J;
+// A team takes a row at a time; `rows` of a merge lie next to each other, later ones are a round
+// further on. The plan and the lengths are read before the wait: the grid ahead is the attention,
+// which waited for whatever wrote them.
+template <int kTeam>
+__global__ __launch_bounds__(kThreads, 8) void merge(const Batch p, int rows) {
+  const int64_t G = p.H / p.J, teams = int64_t{gridDim.x} * (kWarps / kTeam);
+  int64_t i = int64_t{blockIdx.x} * (kWarps / kTeam) + threadIdx.x / (32 * kTeam);
   if (p.plan.words == nullptr) {
-    const int64_t rows = p.T * G;
-    for (int64_t i = blockIdx.x; i < rows * p.J; i += gridDim.x) {
+    ptx::wait_for_previous_grid();
+    ptx::allow_next_grid();
+    for (const int64_t all = p.T * G; i < all * p.J; i += teams) {
       const int64_t row = i / p.J, j = i % p.J, head = j * G + row % G;
-      merge_row(p, j, row / G * p.H + head, head, row, rows, int(p.uniform.parts));
+      merge_row<kTeam>(p, j, row / G * p.H + head, head, row, all, int(p.uniform.parts));
     }
     return;
   }
-  // rows of a merge: every fourth by each of four blocks
-  const int64_t items = int64_t{p.plan.header().merges} * p.J * 4;
-  for (int64_t i = blockIdx.x; i < items; i += gridDim.x) {
-    const Merge m = p.plan.merges()[i / 4 / p.J];
-    const int64_t j = i / 4 % p.J, first = p.cu_q[m.request];
-    for (int r = int(i % 4); r < m.rows; r += 4) {
+  bool waits = true;
+  const int64_t items = int64_t{p.plan.header().merges} * p.J * rows;
+  for (; i < items; i += teams) {
+    const Merge m = p.plan.merges()[i / rows / p.J];
+    const int64_t j = i / rows % p.J, first = p.cu_q[m.request];
+    if (waits) ptx::wait_for_previous_grid();
+    if (waits) ptx::allow_next_grid();
+    waits = false;
+    for (int r = int(i % rows); r < m.rows; r += rows) {
       const int64_t row = m.row0 + r, head = j * G + row % G;
-      merge_row(p, j, (first + row / G) * p.H + head, head, m.partial + r, m.rows, m.parts);
+      merge_row<kTeam>(p, j, (first + row / G) * p.H + head, head, m.partial + r, m.rows, m.parts);
     }
   }
+  if (waits) ptx::wait_for_previous_grid();
+  if (waits) ptx::allow_next_grid();
 }
 
 int launch_merge(const Batch& p, bool programmatic, cudaStream_t stream) {
   if (p.partial_rows == 0) return 0;
-  const int64_t items =
-      p.plan.words != nullptr ? (p.plan_words - kHeaderWords) / kMergeWords * p.J * 4 : p.T * p.H;
-  const int64_t most = int64_t{gpu_sms()} * 8;
-  const cuda::Launch l{
-      dim3(unsigned(items < most ? items : most)), unsigned(kThreads), 0, 1, programmatic, stream};
-  return items > 0 ? cuda::launch(l, &merge, p) : 0;
+  const int64_t usual = ceil_div(p.T, p.B) * (p.H / p.J);
+  const int rows = int(usual < 4 ? 4 : usual < 128 ? usual : 128);
+  const bool many = rows >= 16;  // then a warp each, else a block
+  const int64_t items = p.plan.words != nullptr
+                            ? (p.plan_words - kHeaderWords) / kMergeWords * p.J * rows
+                            : p.T * p.H;
+  const int64_t blocks = ceil_div(items, many ? kWarps : 1), most = int64_t{gpu_sms()} * 8;
+  const cuda::Launch l{dim3(unsigned(blocks < most ? blocks : most)),
+                       unsigned(kThreads),
+                       0,
+                       1,
+                       programmatic,
+                       stream};
+  return items > 0 ? cuda::launch(l, many ? &merge<1> : &merge<kWarps>, p, rows) : 0;
 }
 
 template <class S>

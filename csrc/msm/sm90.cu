@@ -26,7 +26,10 @@ static int launch(const Params& p, Part part, bool programmatic, cudaStream_t st
       cudaFuncSetAttribute(reinterpret_cast<const void*>(&sm90::attend<T>),
                            cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   if (attribute != cudaSuccess) return int(attribute);
-  if (T::kGroups == 2) {
+  // a tile or two for each request, which are few tasks for a block, need no counter
+  if (T::kGroups == 1 || (p.T % p.B == 0 && p.T * (p.H / p.J) <= T::kTile * p.B))
+    a.counter = nullptr;
+  if (a.counter != nullptr) {
     const cudaError_t zeroed = cudaMemsetAsync(a.counter, 0, sizeof(int), stream);
     if (zeroed != cudaSuccess) return int(zeroed);
     programmatic = false;  // it follows a memset

@@ -190,6 +190,20 @@ __device__ Work make_work(const Args& a, const Task& t, int head) {
   return w;
 }
 
+// Brings what a first task is looked up in, as far as 1024 requests, into L2 at once: else each
+// would be waited for in turn.
+__device__ inline void prefetch_lookups(const Args& a) {
+  const int line = threadIdx.x % 32 * 32;
+  const auto bring = [line](const int32_t* from, int64_t count) {
+    if (from != nullptr && line < count) ptx::prefetch(from + line);
+  };
+  bring(a.plan.words, a.plan_words);
+  bring(a.cu_q, a.B + 1);
+  bring(a.kv_len, a.B);
+  bring(a.mask, a.B);
+  bring(a.mask ? a.tree_row : nullptr, a.B);
+}
+
 // A task's queries, kTile packed rows, zeros where there are fewer. Lane i knows where rows i,
 // i + 32, .. are; a row's pieces are copied by neighbouring lanes.
 template <class T>
@@ -201,8 +215,12 @@ __device__ void gather_queries(const Args& a, const Work& w, uint32_t to) {
   for (int first = 0; first < T::kTile; first += 32) {
     const int packed = w.row0 + first + lane;
     int64_t at = -1;
-    if (first + lane < w.rows)
-      at = (w.token0 + packed / G) * a.q_token + (w.head * G + packed % G) * a.q_head;
+    if (first + lane < w.rows) {
+      const int token = packed / G;
+      at = (w.token0 + token) * a.q_token + (w.head * G + packed % G) * a.q_head;
+      if (w.mask == int(Mask::kTree))
+        ptx::prefetch(a.tree_bits + (int64_t{w.tree} + token) * a.tree_words);
+    }
 #pragma unroll 4
     for (int i = lane; i < 32 * kVectors; i += 32) {
       const int row = i / kVectors, vector = i % kVectors;
@@ -231,13 +249,13 @@ __device__ __forceinline__ void find_item(const Args& a, int i, int tasks, int* 
   *head = in + rest % heads;
 }
 
-// The item after i, without its counter's part. Short tasks are taken from a counter. The others,
-// a few for each block, go round by turns, to and fro, so that who has the longest of one round has
-// the shortest of the next: no counter has to be zeroed, and the launch can overlap the last one.
+// The item after i, in lane 0. Many tasks are taken from a counter. A few for each block go round
+// by turns, to and fro, so that who has the longest of one round has the shortest of the next: then
+// no counter has to be zeroed, and the launch can overlap the last one.
 template <class T>
 __device__ __forceinline__ int after(const Args& a, int i) {
   const int grid = int(gridDim.x), own = int(blockIdx.x);
-  if (T::kGroups == 2) return threadIdx.x % 32 == 0 ? grid + atomicAdd(a.counter, 1) : 0;
+  if (a.counter != nullptr) return threadIdx.x % 32 == 0 ? grid + atomicAdd(a.counter, 1) : 0;
   const int round = i / grid + 1;
   return round * grid + (round % 2 ? grid - 1 - own : own);
 }
@@ -670,6 +688,7 @@ __global__ __launch_bounds__(T::kThreads,
     if (warp == 0) load_pages<T, 0>(a, s, &map);
     if (warp == 1) schedule<T>(a, s);
     if (warp == 2) load_pages<T, 1>(a, s, &map);
+    if (warp == 3) prefetch_lookups(a);
   } else {
     if constexpr (T::kTrade) ptx::more_registers<T::kMathRegisters>();
     Math<T>{a, s}.run();
