@@ -12,7 +12,7 @@ namespace tessella::msm {
 
 template <class T>
 static int launch(const Params& p, Part part, bool programmatic, cudaStream_t stream) {
-  sm90::Args a{p, T::kKeys, part};
+  sm90::Args a{p, T::kKeys, part, sm90::Divider::make(p.H / p.J), sm90::Divider::make(p.Z)};
   while (a.Z % a.box != 0) a.box /= 2;
   // pages [P * J * 2 * Z / 8][8][D], a box of some keys of one page as the kernel lays them
   const int64_t groups = p.P * p.J * 2 * p.Z / 8, row = p.D * 2;
@@ -48,6 +48,12 @@ static int launch(const Params& p, Part part, bool programmatic, cudaStream_t st
   return int(cudaErrorInvalidValue);
 }
 
+// Packed rows by H / J and keys by Z, see Divider.
+static bool small_quotients(const Params& p) {
+  const int64_t G = p.H / p.J, most = int64_t{1} << 32;
+  return p.T * G < most / G && p.table_stride * p.Z < most / p.Z;
+}
+
 bool sm90_takes(const Params& p) {
   bool compiled = false;
 #define X(kD) compiled = compiled || p.D == kD;
@@ -56,8 +62,8 @@ bool sm90_takes(const Params& p) {
   // the copy engine counts groups of 8 keys in 32 bits, and 16-byte pieces of aligned rows
   return compiled && cuda::this_device().arch == 90 && p.page_dtype == p.dtype &&
          p.dtype != DType::kF32 && p.P * p.J * 2 * p.Z / 8 < int64_t{1} << 31 && p.P > 0 &&
-         p.T * p.H < int64_t{1} << 31 && p.q_token % 8 == 0 && p.q_head % 8 == 0 &&
-         reinterpret_cast<uintptr_t>(p.q) % 16 == 0 &&
+         p.T * p.H < int64_t{1} << 31 && small_quotients(p) && p.q_token % 8 == 0 &&
+         p.q_head % 8 == 0 && reinterpret_cast<uintptr_t>(p.q) % 16 == 0 &&
          reinterpret_cast<uintptr_t>(p.pages) % 16 == 0 &&
          reinterpret_cast<uintptr_t>(p.out) % 16 == 0;
 }

@@ -25,9 +25,22 @@ namespace tessella::msm::sm90 {
 
 using dev::kLog2e;
 
+// Quotients of n by d for n d < 2^32.
+struct Divider {
+  int d;
+  uint32_t by;
+  static Divider make(int64_t d) {
+    const uint64_t whole = uint64_t{1} << 32;
+    return {int(d), d > 1 ? uint32_t((whole + uint64_t(d) - 1) / uint64_t(d)) : 0};
+  }
+  __device__ __forceinline__ int of(int n) const { return d > 1 ? int(__umulhi(n, by)) : n; }
+  __device__ __forceinline__ int rest(int n) const { return n - of(n) * d; }
+};
+
 struct Args : Batch {
-  int box;  // keys of a copy: divides Z and the block of keys
+  int box;  // keys of a copy, a power of two: divides Z and the block of keys
   Part part;
+  Divider group, page;  // H / J and Z
 };
 
 // softcap tanh(y), of 2 log2(e) y: tanh(y) = 1 - 2 / (1 + exp(2 y)).
@@ -110,10 +123,10 @@ __device__ void init_barriers(const Shared<T>& s) {
   const int lane = threadIdx.x % 32;
   if (lane < 2) {
     ptx::barrier_init(s.work_full(lane), 1);
-    ptx::barrier_init(s.work_empty(lane), 2 + 4 * T::kGroups);  // warps that read it
+    ptx::barrier_init(s.work_empty(lane), 3 + 4 * T::kGroups);  // warps that read it
   }
   if (lane < T::kQueries) {
-    ptx::barrier_init(s.query_full(lane), 1);
+    ptx::barrier_init(s.query_full(lane), 2);
     ptx::barrier_init(s.query_empty(lane), 4 * T::kGroups);
   }
   if (lane < T::kStages) {
@@ -165,7 +178,6 @@ __device__ __forceinline__ Keys keys_of_token(const Batch& a, int mask, int hist
 // Task t for kv head `head`.
 template <class T>
 __device__ Work make_work(const Args& a, const Task& t, int head) {
-  const int G = int(a.H / a.J);
   Work w;
   w.head = head;
   w.request = t.request;
@@ -178,13 +190,14 @@ __device__ Work make_work(const Args& a, const Task& t, int head) {
   const int kv_len = a.kv_len[t.request];
   w.hist = kv_len - (a.cu_q[t.request + 1] - w.token0);
   const int end = min(t.kv_end, kv_len);
-  const Keys first = keys_of_token(a, w.mask, w.hist, t.row0 / G, t.kv_begin, end);
-  const Keys last = keys_of_token(a, w.mask, w.hist, (t.row0 + t.rows - 1) / G, t.kv_begin, end);
+  const Keys first = keys_of_token(a, w.mask, w.hist, a.group.of(t.row0), t.kv_begin, end);
+  const Keys last =
+      keys_of_token(a, w.mask, w.hist, a.group.of(t.row0 + t.rows - 1), t.kv_begin, end);
   w.lo = first.lo;
   w.hi = max(last.hi, w.lo);
   w.inner_lo = last.lo;
   w.inner_hi = w.mask == int(Mask::kTree) ? min(first.hi, w.hist) : first.hi;
-  w.key0 = w.lo / a.box * a.box;
+  w.key0 = w.lo & -a.box;
   w.blocks = w.hi > w.lo ? (w.hi - w.key0 + T::kKeys - 1) / T::kKeys : 0;
   w.unused = 0;
   return w;
@@ -204,25 +217,29 @@ __device__ inline void prefetch_lookups(const Args& a) {
   bring(a.mask ? a.tree_row : nullptr, a.B);
 }
 
-// A task's queries, kTile packed rows, zeros where there are fewer. Lane i knows where rows i,
-// i + 32, .. are; a row's pieces are copied by neighbouring lanes.
+// Half of a task's queries into a buffer: the first or the last 16 of every 32 packed rows. Lane i
+// knows where the i-th of them is; a row's pieces are copied by neighbouring lanes. What is left of
+// 16 rows is zeros, further rows of the tile are nobody's and whatever was there.
 template <class T>
-__device__ void gather_queries(const Args& a, const Work& w, uint32_t to) {
+__device__ void gather_queries(const Args& a, const Shared<T>& s, const Work& w,
+                               const Ring<T::kQueries>& queries, int half) {
   constexpr int kVectors = T::kD / 8;
-  const int lane = threadIdx.x % 32, G = int(a.H / a.J);
+  const int lane = threadIdx.x % 32;
+  const uint32_t to = s.queries + queries.stage * T::kQueryBytes;
   const auto* const q = static_cast<const uint16_t*>(a.q);
+  ptx::barrier_wait(s.query_empty(queries.stage), queries.parity ^ 1);
 #pragma unroll 1
-  for (int first = 0; first < T::kTile; first += 32) {
-    const int packed = w.row0 + first + lane;
+  for (int first = 16 * half; first < w.rows; first += 32) {
     int64_t at = -1;
-    if (first + lane < w.rows) {
-      const int token = packed / G;
-      at = (w.token0 + token) * a.q_token + (w.head * G + packed % G) * a.q_head;
+    if (lane < 16 && first + lane < w.rows) {
+      const int packed = w.row0 + first + lane, token = a.group.of(packed);
+      at = (w.token0 + token) * a.q_token +
+           (w.head * a.group.d + packed - token * a.group.d) * a.q_head;
       if (w.mask == int(Mask::kTree))
         ptx::prefetch(a.tree_bits + (int64_t{w.tree} + token) * a.tree_words);
     }
 #pragma unroll 4
-    for (int i = lane; i < 32 * kVectors; i += 32) {
+    for (int i = lane; i < 16 * kVectors; i += 32) {
       const int row = i / kVectors, vector = i % kVectors;
       const int64_t from = __shfl_sync(~0u, at, row);
       ptx::copy16(to + T::piece(first + row, vector), q + (from < 0 ? 0 : from + vector * 8),
@@ -233,16 +250,34 @@ __device__ void gather_queries(const Args& a, const Work& w, uint32_t to) {
   ptx::copies_wait<0>();
   ptx::fence_for_copies();
   __syncwarp();
+  if (lane == 0) ptx::barrier_arrive(s.query_full(queries.stage));
 }
 
-// Items are the tasks of all heads, and as often again as a task may have more rows than a tile.
-
-// The i-th task of all heads, in sections of heads where queries share keys: what runs at a time
-// should find them in L2, yet each section fill the GPU more than once.
+// The second half of every task's queries.
 template <class T>
+__device__ void help_gather(const Args& a, const Shared<T>& s) {
+  Ring<2> tasks;
+  Ring<T::kQueries> queries;
+  Work w;
+#pragma unroll 1
+  for (; read_work(s, tasks, w); tasks.next(), queries.next()) {
+    gather_queries(a, s, w, queries, 1);
+    if (threadIdx.x % 32 == 0) ptx::barrier_arrive(s.work_empty(tasks.stage));
+  }
+}
+
+// Items are the tasks of all heads, and once again where a task may have more rows than a tile.
+
+// The i-th task of all heads, in sections of heads where many share keys: what runs at a time
+// should find them in L2, yet each section fill the GPU more than once.
 __device__ __forceinline__ void find_item(const Args& a, int i, int tasks, int* task, int* head) {
-  const int J = int(a.J), most = (2 * int(gridDim.x) + tasks - 1) / max(tasks, 1);
-  const int section = T::kGroups == 1 ? J : min(J, most);
+  const int J = int(a.J);
+  if (a.counter == nullptr) {
+    *task = int(unsigned(i) / unsigned(J));
+    *head = i - *task * J;
+    return;
+  }
+  const int section = min(J, (2 * int(gridDim.x) + tasks - 1) / max(tasks, 1));
   const int in = i / (tasks * section) * section, heads = min(section, J - in);
   const int rest = i - in * tasks;
   *task = rest / heads;
@@ -266,9 +301,9 @@ __device__ bool take_work(const Args& a, const dev::TaskRange& range, int& i, Wo
   const int tasks = int(range.last - range.first), all = tasks * int(a.J);
   for (; i < all * (128 / T::kTile); i = __shfl_sync(~0u, after<T>(a, i), 0)) {
     int task, head;
-    find_item<T>(a, i % all, tasks, &task, &head);
     Task t;
-    const int skip = i / all * T::kTile;  // rows
+    const int skip = i < all ? 0 : T::kTile;  // rows
+    find_item(a, i < all ? i : i - all, tasks, &task, &head);
     if (!dev::find_task(a, range.first + task, &t) || t.rows <= skip) continue;
     t.row0 += skip;
     t.rows = min(t.rows - skip, T::kTile);
@@ -292,20 +327,20 @@ __device__ void schedule(const Args& a, const Shared<T>& s) {
     Work w{};
     const bool more = take_work<T>(a, range, i, w);
     ptx::barrier_wait(s.work_empty(ring.stage), ring.parity ^ 1);
-    if (lane < 4) {
+    if (lane == 0) {
       const uint4* const from = reinterpret_cast<const uint4*>(&w);
-      const uint4 v = lane == 0 ? from[0] : lane == 1 ? from[1] : lane == 2 ? from[2] : from[3];
-      const uint32_t words[4] = {v.x, v.y, v.z, v.w};
-      ptx::store_shared16(s.work + ring.stage * 64 + lane * 16, words);
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        const uint32_t words[4] = {from[k].x, from[k].y, from[k].z, from[k].w};
+        ptx::store_shared16(s.work + ring.stage * 64 + k * 16, words);
+      }
+      ptx::barrier_arrive(s.work_full(ring.stage));
     }
     __syncwarp();
-    if (lane == 0) ptx::barrier_arrive(s.work_full(ring.stage));
     if (!more) return;
     const int next = after<T>(a, i);  // asked for early
     ring.next();
-    ptx::barrier_wait(s.query_empty(queries.stage), queries.parity ^ 1);
-    gather_queries<T>(a, w, s.queries + queries.stage * T::kQueryBytes);
-    if (lane == 0) ptx::barrier_arrive(s.query_full(queries.stage));
+    gather_queries(a, s, w, queries, 0);
     queries.next();
     i = __shfl_sync(~0u, next, 0);
   }
@@ -316,8 +351,10 @@ __device__ void schedule(const Args& a, const Shared<T>& s) {
 // kPart: 0 keys, 1 values.
 template <class T, int kPart>
 __device__ void load_pages(const Args& a, const Shared<T>& s, const CUtensorMap* map) {
-  const int lane = threadIdx.x % 32, boxes = T::kKeys / a.box, Z = int(a.Z);
+  const int lane = threadIdx.x % 32, shift = 31 - __clz(a.box), boxes = T::kKeys >> shift;
   const int box_bytes = a.box * T::kD * 2;
+  // keys that one task reads need not stay
+  const uint64_t policy = ptx::keep_in_l2(a.counter != nullptr);
   Ring<2> tasks;
   Ring<T::kStages> ring;
   Work w;
@@ -325,20 +362,22 @@ __device__ void load_pages(const Args& a, const Shared<T>& s, const CUtensorMap*
   for (; read_work(s, tasks, w); tasks.next()) {
     const int32_t* const table = a.block_table + w.request * a.table_stride;
     int key = w.key0 + (w.blocks - 1) * T::kKeys + lane * a.box;
-    int page = lane < boxes && key < w.hi ? table[key / Z] : 0;
+    int page = lane < boxes && key < w.hi ? table[a.page.of(key)] : 0;
 #pragma unroll 1
     for (int n = w.blocks - 1; n >= 0; --n, key -= T::kKeys, ring.next()) {
       if (a.debug && (page < 0 || page >= a.P)) __trap();
-      const int left = w.hi - w.key0 - n * T::kKeys, count = min(boxes, (left + a.box - 1) / a.box);
-      const int group = (((page * int(a.J) + w.head) * 2 + kPart) * Z + key % Z) / 8;
+      const int left = w.hi - w.key0 - n * T::kKeys;
+      const int count = min(boxes, (left + a.box - 1) >> shift);
+      const int group =
+          (((page * int(a.J) + w.head) * 2 + kPart) * a.page.d + a.page.rest(key)) / 8;
       const uint32_t full = kPart ? s.value_full(ring.stage) : s.key_full(ring.stage);
       const uint32_t to = (kPart ? s.values : s.keys) + ring.stage * T::kBlockBytes;
-      if (n > 0 && lane < boxes) page = table[(key - T::kKeys) / Z];
+      if (n > 0 && lane < boxes) page = table[a.page.of(key - T::kKeys)];
       ptx::barrier_wait(kPart ? s.value_empty(ring.stage) : s.key_empty(ring.stage),
                         ring.parity ^ 1);
       if (lane == 0) ptx::barrier_arrive_expect(full, count * box_bytes);
       __syncwarp();
-      if (lane < count) ptx::copy_box(to + lane * box_bytes, map, 0, 0, 0, group, full);
+      if (lane < count) ptx::copy_box(to + lane * box_bytes, map, 0, 0, 0, group, full, policy);
     }
     __syncwarp();
     if (lane == 0) ptx::barrier_arrive(s.work_empty(tasks.stage));
@@ -440,11 +479,11 @@ struct Math {
   // registers during the blocks that are seen whole.
   __device__ void hide(Scores& x, int n) const {
     const Work w = load_work(s, tasks.stage);
-    const int G = int(a.H / a.J), key0 = w.key0 + n * T::kKeys;
+    const int key0 = w.key0 + n * T::kKeys;
     const bool tree = w.mask == int(Mask::kTree) && key0 + T::kKeys > w.hist;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const int row = min(group * 64 + r + 8 * h, w.rows - 1), token = (w.row0 + row) / G;
+      const int row = min(group * 64 + r + 8 * h, w.rows - 1), token = a.group.of(w.row0 + row);
       const Keys keys = keys_of_token(a, w.mask, w.hist, token, w.lo, w.hi);
       const int lo = keys.lo - key0 - 2 * c, hi = keys.hi - key0 - 2 * c;
 #pragma unroll
@@ -626,13 +665,12 @@ struct Math {
   }
 
   __device__ void finish(const Work& w, const Sums& o, const Softmax& f) const {
-    const int G = int(a.H / a.J);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const int row = group * 64 + r + 8 * h, packed = w.row0 + row;
+      const int row = group * 64 + r + 8 * h, packed = w.row0 + row, token = a.group.of(packed);
       const bool there = row < w.rows;
-      const int head = w.head * G + packed % G;
-      const int64_t at = (int64_t{w.token0} + packed / G) * a.H + head;
+      const int head = w.head * a.group.d + packed - token * a.group.d;
+      const int64_t at = (int64_t{w.token0} + token) * a.H + head;
       float sum = f.sum[h];
       sum += __shfl_xor_sync(~0u, sum, 1);
       sum += __shfl_xor_sync(~0u, sum, 2);
@@ -688,7 +726,10 @@ __global__ __launch_bounds__(T::kThreads,
     if (warp == 0) load_pages<T, 0>(a, s, &map);
     if (warp == 1) schedule<T>(a, s);
     if (warp == 2) load_pages<T, 1>(a, s, &map);
-    if (warp == 3) prefetch_lookups(a);
+    if (warp == 3) {
+      prefetch_lookups(a);
+      help_gather<T>(a, s);
+    }
   } else {
     if constexpr (T::kTrade) ptx::more_registers<T::kMathRegisters>();
     Math<T>{a, s}.run();
