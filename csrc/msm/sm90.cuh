@@ -327,7 +327,7 @@ __device__ void schedule(const Args& a, const Shared<T>& s) {
     Work w{};
     const bool more = take_work<T>(a, range, i, w);
     ptx::barrier_wait(s.work_empty(ring.stage), ring.parity ^ 1);
-    if (lane == 0) {
+    if (lane == 0) {  // alone, since racecheck sees no order between lanes and another's arrival
       const uint4* const from = reinterpret_cast<const uint4*>(&w);
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
@@ -362,7 +362,7 @@ __device__ void load_pages(const Args& a, const Shared<T>& s, const CUtensorMap*
   for (; read_work(s, tasks, w); tasks.next()) {
     const int32_t* const table = a.block_table + w.request * a.table_stride;
     int key = w.key0 + (w.blocks - 1) * T::kKeys + lane * a.box;
-    int page = lane < boxes && key < w.hi ? table[a.page.of(key)] : 0;
+    int page = w.blocks > 0 && lane < boxes && key < w.hi ? table[a.page.of(key)] : 0;
 #pragma unroll 1
     for (int n = w.blocks - 1; n >= 0; --n, key -= T::kKeys, ring.next()) {
       if (a.debug && (page < 0 || page >= a.P)) __trap();
