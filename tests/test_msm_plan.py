@@ -100,6 +100,16 @@ def test_order_is_longest_first_and_the_giant_is_shared():
 
 
 @needs_native
+@pytest.mark.parametrize("q, least", [(1, 256), (15, 256), (31, 512)])
+def test_a_part_has_four_keys_a_row_of_its_tile(q, least):
+    """However many workers there are: what a part leaves to the merge grows with its rows."""
+    plan = make([q] * 4, [4096] * 4, [3] * 4, H=32, J=8, units=10_000)
+    _, tasks, merges = parts(plan["words"])
+    assert set(tasks[:, 5] - tasks[:, 4]) == {least}
+    assert merges[:, 4].tolist() == [4096 // least] * 4
+
+
+@needs_native
 def test_a_request_without_keys_is_one_task_however_many_workers():
     batch = MsmBatch(
         torch.zeros(2, 20, dtype=torch.int32),

@@ -6,7 +6,7 @@
 //      it reads anything but weights and before it writes anything;
 //   2. it lets the next grid start (allow_next_grid) only after that wait.
 // msm's launches in turns (msm/params.h) are the exception: two grids beside the first one wait for
-// it at their end.
+// it at their end. And a grid may read ahead of its wait what a grid before its predecessor wrote.
 // csrc/act_quant/README.md says why that is enough for chains of any length.
 #pragma once
 #include <cuda_runtime.h>

@@ -80,9 +80,10 @@ int gpu_sms();
 // Launches on a cudaStream_t; the result is a cudaError_t.
 int run_cuda(const Params& p, void* stream);
 
-// Hopper's body for tiles of 64 and 128 rows; whether it takes this problem.
+// Hopper's bodies, for tiles of up to 64 and 128 `rows`; whether they take this problem. Of a plan
+// the first runs all tasks, alone, the second those of large tiles.
 bool sm90_takes(const Params& p);
-int run_sm90(const Params& p, Turn turn, void* stream);
+int run_sm90(const Params& p, int rows, Turn turn, bool programmatic, void* stream);
 
 struct AppendParams {
   const void *k, *v;  // [T][J][D] of `dtype`, strides in elements

@@ -7,6 +7,8 @@ namespace tessella::msm {
 constexpr int64_t kTiles[] = {16, 32, 64, 128};
 // What a task costs beside its keys, in keys: starting it and writing its rows.
 constexpr int64_t kTaskKeys = 64;
+// Keys a row that a part has at least: what it leaves to the merge is half of what it reads then.
+constexpr int64_t kKeysPerRow = 4;
 // Parts that a worker should have at least to choose from: two even out the ends.
 constexpr int64_t kTasksPerUnit = 2;
 
@@ -52,9 +54,10 @@ static std::vector<Tile> make_tiles(const Problem& p) {
 // Keys of the longest part of a tile.
 static int64_t part_keys(const Problem& p, const Tile& t, int64_t budget) {
   if (p.split > 0) return p.split;
-  const int64_t keys = t.keys.end - t.keys.begin;
-  if (cost(t.tile, keys) <= budget || keys <= kSplitUnit) return std::max<int64_t>(keys, 1);
-  const int64_t most = std::max(kSplitUnit, budget / t.tile / kSplitUnit * kSplitUnit);
+  const int64_t keys = t.keys.end - t.keys.begin,
+                least = std::max(kSplitUnit, kKeysPerRow * t.tile);
+  if (cost(t.tile, keys) <= budget || keys <= least) return std::max<int64_t>(keys, 1);
+  const int64_t most = std::max(least, budget / t.tile / kSplitUnit * kSplitUnit);
   return round_up(ceil_div(keys, ceil_div(keys, most)), kSplitUnit);
 }
 

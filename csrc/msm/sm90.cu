@@ -1,4 +1,4 @@
-// Launch of the Hopper body; compiled for sm_90a only.
+// Launches of the Hopper body; compiled for sm_90a only.
 #include <cuda_runtime.h>
 
 #include "msm/sm90.cuh"
@@ -13,17 +13,17 @@ namespace tessella::msm {
 // Multiprocessors that leave large tasks to the others while there are small ones: a fifth, and as
 // many more as cost no further round. Every query that is not some request's only one is counted as
 // part of a large task; only the device knows which are, and kAfter makes up for a bad guess.
-static int beside(const Params& p, int sms) {
-  const int64_t tiles = ceil_div((p.T - p.B + 1) * (p.H / p.J), int64_t{sm90::kTile});
+static int beside(const Params& p, int sms, int tile) {
+  const int64_t tiles = ceil_div((p.T - p.B + 1) * (p.H / p.J), int64_t{tile});
   const int64_t items = tiles > 0 ? tiles * p.J : 1, rounds = ceil_div(items, sms - sms / 5);
   return sms - int(ceil_div(items, rounds));
 }
 
 template <class T>
-static int launch(const Params& p, Turn turn, cudaStream_t stream) {
-  const int sms = cuda::this_device().sms,
-            first = turn == Turn::kAlone ? sms : sms - beside(p, sms);
-  sm90::Args a{p, T::kKeys, first, turn};
+static int launch(const Params& p, Turn turn, bool programmatic, cudaStream_t stream) {
+  const int sms = cuda::this_device().sms;
+  const int first = turn == Turn::kAlone ? sms * T::kBlocks : sms - beside(p, sms, T::kTile);
+  sm90::Args a{p, T::kKeys, first, turn, sm90::Divider::make(p.H / p.J), sm90::Divider::make(p.Z)};
   while (a.Z % a.box != 0) a.box /= 2;
   // pages [P * J * 2 * Z / 8][8][D], a box of some keys of one page as the kernel lays them
   const int64_t groups = p.P * p.J * 2 * p.Z / 8, row = p.D * 2;
@@ -37,28 +37,38 @@ static int launch(const Params& p, Turn turn, cudaStream_t stream) {
       cudaFuncSetAttribute(reinterpret_cast<const void*>(&sm90::attend<T>),
                            cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   if (attribute != cudaSuccess) return int(attribute);
+  // a tile or two for each request, which are few tasks for a block, need no counter
+  if (turn == Turn::kAlone &&
+      (T::kGroups == 1 || (p.T % p.B == 0 && p.T * (p.H / p.J) <= T::kTile * p.B)))
+    a.counter = nullptr;
   const bool after = turn == Turn::kAfter;
-  if (!after) {
+  if (a.counter != nullptr && !after) {
     const cudaError_t zeroed = cudaMemsetAsync(a.counter, 0, sizeof(int), stream);
     if (zeroed != cudaSuccess) return int(zeroed);
+    programmatic = false;  // it follows the memset
   }
-  // the one that follows the memset is not programmatic
   const cuda::Launch l{dim3(unsigned(after ? sms - first : first)),
-                       sm90::kThreads,
+                       T::kThreads,
                        size_t(kBytes),
                        1,
-                       after,
+                       programmatic,
                        stream};
   return cuda::launch(l, &sm90::attend<T>, map, a);
 }
 
-template <DType kType>
-static int launch(const Params& p, Turn turn, cudaStream_t stream) {
+template <DType kType, int kMath>
+static int launch(const Params& p, Turn turn, bool programmatic, cudaStream_t stream) {
 #define X(kD) \
-  if (p.D == kD) return launch<sm90::Tile<kType, kD>>(p, turn, stream);
+  if (p.D == kD) return launch<sm90::Tile<kType, kD, kMath>>(p, turn, programmatic, stream);
   TSL_MSM_SM90_DIMS(X)
 #undef X
   return int(cudaErrorInvalidValue);
+}
+
+// Packed rows by H / J and keys by Z, see Divider.
+static bool small_quotients(const Params& p) {
+  const int64_t G = p.H / p.J, most = int64_t{1} << 32;
+  return p.T * G < most / G && p.table_stride * p.Z < most / p.Z;
 }
 
 bool sm90_takes(const Params& p) {
@@ -69,16 +79,22 @@ bool sm90_takes(const Params& p) {
   // the copy engine counts groups of 8 keys in 32 bits, and 16-byte pieces of aligned rows
   return compiled && cuda::this_device().arch == 90 && p.page_dtype == p.dtype &&
          p.dtype != DType::kF32 && p.P * p.J * 2 * p.Z / 8 < int64_t{1} << 31 && p.P > 0 &&
-         p.T * p.H < int64_t{1} << 31 && p.q_token % 8 == 0 && p.q_head % 8 == 0 &&
-         reinterpret_cast<uintptr_t>(p.q) % 16 == 0 &&
+         p.T * p.H < int64_t{1} << 31 && small_quotients(p) && p.q_token % 8 == 0 &&
+         p.q_head % 8 == 0 && reinterpret_cast<uintptr_t>(p.q) % 16 == 0 &&
          reinterpret_cast<uintptr_t>(p.pages) % 16 == 0 &&
          reinterpret_cast<uintptr_t>(p.out) % 16 == 0;
 }
 
-int run_sm90(const Params& p, Turn turn, void* stream) {
+template <int kMath>
+static int launch(const Params& p, Turn turn, bool programmatic, void* stream) {
   auto* const s = static_cast<cudaStream_t>(stream);
-  return p.dtype == DType::kBF16 ? launch<DType::kBF16>(p, turn, s)
-                                 : launch<DType::kF16>(p, turn, s);
+  return p.dtype == DType::kBF16 ? launch<DType::kBF16, kMath>(p, turn, programmatic, s)
+                                 : launch<DType::kF16, kMath>(p, turn, programmatic, s);
+}
+
+int run_sm90(const Params& p, int rows, Turn turn, bool programmatic, void* stream) {
+  return rows > 64 ? launch<2>(p, turn, programmatic, stream)
+                   : launch<1>(p, turn, programmatic, stream);
 }
 
 }  // namespace tessella::msm

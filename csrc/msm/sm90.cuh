@@ -1,306 +1,33 @@
-// msm on Hopper: tiles of up to 128 packed rows against 16-bit pages, on wgmma.
+// msm on Hopper: tiles of up to 64 or 128 packed rows against 16-bit pages, on wgmma.
 //
-// A thread block is three warpgroups. Two multiply, 64 rows each; the first feeds them: a warp
-// each brings keys and values by the copy engine, a box for each page or part of one, and one takes
-// tasks from a counter and gathers the queries. Shared memory holds every operand in atoms of 8
+// A thread block is two or three warpgroups. One or two multiply, 64 rows each; the first feeds
+// them: a warp each brings keys and values by the copy engine, a box for each page or part of one,
+// and one takes tasks and gathers the queries. Shared memory holds every operand in atoms of 8
 // rows under the widest swizzle that divides a head: [rows/8][D/E][8][E], so that a box of any
 // number of rows is one piece and lies as its neighbours do.
 //
 // A math warpgroup multiplies block n's queries and keys while it still has to multiply block
 // n+1's probabilities and values, and computes the softmax of the one during the products of the
-// other; a pair of named barriers has the two warpgroups take turns, so that one's softmax runs
-// during the other's products (FlashAttention-3, NeurIPS 2024, sections 3.1 and 3.2). Blocks go
-// from the last visible key to the first, hence masks come first, and only where a block is cut.
+// other. Where there are two, a pair of named barriers has them take turns, so that one's softmax
+// runs during the other's products (FlashAttention-3, NeurIPS 2024, sections 3.1 and 3.2). Blocks
+// go from the last visible key to the first, hence masks come first, and only where a block is cut.
+//
+// With one math warpgroup, for few rows, reading is the limit: two thread blocks share a
+// multiprocessor, so that one reads while the other begins or ends a task.
 #pragma once
 #include "cuda/async.cuh"
 #include "cuda/float.cuh"
 #include "cuda/fragment.cuh"
 #include "cuda/wgmma16.cuh"
-#include "msm/sm80.cuh"
+#include "msm/sm90_feed.cuh"
 
 namespace tessella::msm::sm90 {
 
 using dev::kLog2e;
 
-struct Args : Batch {
-  int box;    // keys of a copy: divides Z and the block of keys
-  int first;  // items that thread blocks begin with; the counter hands out the others
-  Turn turn;
-};
-
-constexpr int kTile = 128, kThreads = 384;
-
 // softcap tanh(y), of 2 log2(e) y: tanh(y) = 1 - 2 / (1 + exp(2 y)).
 __device__ __forceinline__ float capped(float y, float softcap) {
   return softcap * (1.f - __fdividef(2.f, 1.f + ptx::exp2_fast(y)));
-}
-
-template <DType kT, int kDim>
-struct Tile {
-  static constexpr DType kType = kT;
-  static constexpr int kD = kDim, kKeys = kDim > 128 ? 64 : 128;
-  // bytes of an atom's rows
-  static constexpr int kRow = kDim % 64 == 0 ? 128 : kDim % 32 == 0 ? 64 : 32;
-  static constexpr int kChunk = kRow / 2, kPieces = kRow / 16;
-  static constexpr int kStages = kDim > 96 ? 2 : kDim > 64 ? 3 : 4;
-  static constexpr int kQueries = kDim > 128 ? 1 : 2;
-  static constexpr int kGroup = 16 * kDim;  // bytes of 8 rows
-  static constexpr int kQueryBytes = kTile * kDim * 2, kBlockBytes = kKeys * kDim * 2;
-  static constexpr int kSums = kDim / 2, kScores = kKeys / 2;  // registers a thread
-  // From an operand's start to its k-th 16 channels, in units of 16 bytes.
-  __device__ static constexpr int step(int k) {
-    return (k / (kChunk / 16) * 8 * kRow + k % (kChunk / 16) * 32) / 16;
-  }
-  // Where the 16-byte piece `i` of a row lies, in bytes.
-  __device__ static constexpr int piece(int row, int i) {
-    return row / 8 * kGroup + i / kPieces * 8 * kRow + row % 8 * kRow +
-           (i % kPieces ^ (row % 8 * kRow / 128 & (kPieces - 1))) * 16;
-  }
-};
-
-// A task of one kv head, as the scheduling warp leaves it for the others.
-struct Work {
-  int token0, row0, rows, head;  // of the request's first token, of the tile
-  int hist, lo, hi, blocks;      // keys before the first query; keys that any row may see
-  int inner_lo, inner_hi;        // keys that all rows see
-  int key0;                      // of block 0
-  int mask, request, partial, tree, unused;
-};
-static_assert(sizeof(Work) == 64, "four vectors");
-
-template <class T>
-struct Shared {
-  uint32_t queries, keys, values, work, barriers;
-  __device__ explicit Shared(uint32_t base)
-      : queries(base),
-        keys(queries + T::kQueries * T::kQueryBytes),
-        values(keys + T::kStages * T::kBlockBytes),
-        work(values + T::kStages * T::kBlockBytes),
-        barriers(work + 2 * sizeof(Work)) {}
-  static constexpr int bytes() {
-    return T::kQueries * T::kQueryBytes + 2 * T::kStages * T::kBlockBytes + 2 * int(sizeof(Work)) +
-           8 * (4 + 2 * T::kQueries + 4 * T::kStages);
-  }
-  __device__ uint32_t work_full(int i) const { return barriers + i * 8; }
-  __device__ uint32_t work_empty(int i) const { return barriers + 16 + i * 8; }
-  __device__ uint32_t query_full(int i) const { return barriers + 32 + i * 8; }
-  __device__ uint32_t query_empty(int i) const { return query_full(T::kQueries + i); }
-  __device__ uint32_t key_full(int i) const { return query_full(2 * T::kQueries + i); }
-  __device__ uint32_t key_empty(int i) const { return key_full(T::kStages + i); }
-  __device__ uint32_t value_full(int i) const { return key_full(2 * T::kStages + i); }
-  __device__ uint32_t value_empty(int i) const { return key_full(3 * T::kStages + i); }
-};
-
-// By one warp.
-template <class T>
-__device__ void init_barriers(const Shared<T>& s) {
-  const int lane = threadIdx.x % 32;
-  if (lane < 2) {
-    ptx::barrier_init(s.work_full(lane), 4);
-    ptx::barrier_init(s.work_empty(lane), 320);  // lanes that read it
-  }
-  if (lane < T::kQueries) {
-    ptx::barrier_init(s.query_full(lane), 1);
-    ptx::barrier_init(s.query_empty(lane), 8);
-  }
-  if (lane < T::kStages) {
-    ptx::barrier_init(s.key_full(lane), 1);
-    ptx::barrier_init(s.key_empty(lane), 8);
-    ptx::barrier_init(s.value_full(lane), 1);
-    ptx::barrier_init(s.value_empty(lane), 8);
-  }
-  ptx::barrier_init_fence();
-}
-
-template <int kStages>
-struct Ring {
-  int stage = 0, parity = 0;
-  __device__ void next() {
-    if (++stage == kStages) stage = 0, parity ^= 1;
-  }
-};
-
-// The next task for every role; false at the end.
-template <class T>
-__device__ Work load_work(const Shared<T>& s, int stage) {
-  Work w;
-  uint4* const to = reinterpret_cast<uint4*>(&w);
-#pragma unroll
-  for (int i = 0; i < 4; ++i) to[i] = ptx::load_shared16(s.work + stage * 64 + i * 16);
-  return w;
-}
-template <class T>
-__device__ bool read_work(const Shared<T>& s, const Ring<2>& ring, Work& w) {
-  ptx::barrier_wait(s.work_full(ring.stage), ring.parity);
-  w = load_work(s, ring.stage);
-  return w.blocks >= 0;
-}
-
-// --- the scheduling warp
-
-// Keys [lo, hi) that row `row` of a request may see, beside its tree.
-struct Keys {
-  int lo, hi;
-};
-__device__ __forceinline__ Keys keys_of_token(const Batch& a, int mask, int hist, int token,
-                                              int begin, int end) {
-  if (mask == int(Mask::kCausal) || mask == int(Mask::kWindow)) end = min(end, hist + token + 1);
-  if (mask == int(Mask::kWindow)) begin = max(begin, hist + token + 1 - int(a.window));
-  return {begin, end};
-}
-
-// Task t for kv head `head`.
-template <class T>
-__device__ Work make_work(const Args& a, const Task& t, int head) {
-  const int G = int(a.H / a.J);
-  Work w;
-  w.head = head;
-  w.request = t.request;
-  w.token0 = a.cu_q[t.request];
-  w.row0 = t.row0;
-  w.rows = t.rows;
-  w.partial = t.partial;
-  w.mask = a.mask ? a.mask[t.request] : int(Mask::kCausal);
-  w.tree = w.mask == int(Mask::kTree) ? a.tree_row[t.request] : 0;
-  const int kv_len = a.kv_len[t.request];
-  w.hist = kv_len - (a.cu_q[t.request + 1] - w.token0);
-  const int end = min(t.kv_end, kv_len);
-  const Keys first = keys_of_token(a, w.mask, w.hist, t.row0 / G, t.kv_begin, end);
-  const Keys last = keys_of_token(a, w.mask, w.hist, (t.row0 + t.rows - 1) / G, t.kv_begin, end);
-  w.lo = first.lo;
-  w.hi = max(last.hi, w.lo);
-  w.inner_lo = last.lo;
-  w.inner_hi = w.mask == int(Mask::kTree) ? min(first.hi, w.hist) : first.hi;
-  w.key0 = w.lo / a.box * a.box;
-  w.blocks = w.hi > w.lo ? (w.hi - w.key0 + T::kKeys - 1) / T::kKeys : 0;
-  w.unused = 0;
-  return w;
-}
-
-// A task's queries, 128 packed rows, zeros where there are fewer. Lane i knows where rows i, i +
-// 32,
-// .. are; a row's pieces are copied by neighbouring lanes.
-template <class T>
-__device__ void gather_queries(const Args& a, const Work& w, uint32_t to) {
-  constexpr int kVectors = T::kD / 8;
-  const int lane = threadIdx.x % 32, G = int(a.H / a.J);
-  const auto* const q = static_cast<const uint16_t*>(a.q);
-#pragma unroll 1
-  for (int first = 0; first < kTile; first += 32) {
-    const int packed = w.row0 + first + lane;
-    int64_t at = -1;
-    if (first + lane < w.rows)
-      at = (w.token0 + packed / G) * a.q_token + (w.head * G + packed % G) * a.q_head;
-#pragma unroll 4
-    for (int i = lane; i < 32 * kVectors; i += 32) {
-      const int row = i / kVectors, vector = i % kVectors;
-      const int64_t from = __shfl_sync(~0u, at, row);
-      ptx::copy16(to + T::piece(first + row, vector), q + (from < 0 ? 0 : from + vector * 8),
-                  from >= 0);
-    }
-  }
-  ptx::copies_commit();
-  ptx::copies_wait<0>();
-  ptx::fence_for_copies();
-  __syncwarp();
-}
-
-// The i-th task of all heads, in sections of heads: what runs at a time should share keys in L2,
-// yet each section fill the GPU more than once.
-__device__ __forceinline__ void find_item(const Args& a, int i, int tasks, int* task, int* head) {
-  const int J = int(a.J), section = min(J, (2 * a.first + tasks - 1) / max(tasks, 1));
-  const int in = i / (tasks * section) * section, heads = min(section, J - in);
-  const int rest = i - in * tasks;
-  *task = rest / heads;
-  *head = in + rest % heads;
-}
-
-// What the counter says to a warp.
-__device__ __forceinline__ int take_one(const Args& a) {
-  int taken = 0;
-  if (threadIdx.x % 32 == 0) taken = atomicAdd(a.counter, 1);
-  return __shfl_sync(~0u, taken, 0);
-}
-
-// The next item of this block: the first is its own, then whichever nobody took. False at the end.
-template <class T>
-__device__ bool take_work(const Args& a, int tasks, int& i, Work& w) {
-  const int total = tasks * int(a.J);
-  while (i < total) {
-    int task, head;
-    find_item(a, i, tasks, &task, &head);
-    Task t;
-    if (dev::find_task(a, task, &t)) {
-      w = make_work<T>(a, t, head);
-      return true;
-    }
-    i = a.first + take_one(a);
-  }
-  w.blocks = -1;
-  return false;
-}
-
-template <class T>
-__device__ void schedule(const Args& a, const Shared<T>& s) {
-  const int lane = threadIdx.x % 32, tasks = int(dev::task_range(a, Part::kBig).last);
-  Ring<2> ring;
-  Ring<T::kQueries> queries;
-  int i = a.turn == Turn::kAfter ? a.first + take_one(a) : int(blockIdx.x);
-#pragma unroll 1
-  for (;;) {
-    Work w{};
-    const bool more = take_work<T>(a, tasks, i, w);
-    ptx::barrier_wait(s.work_empty(ring.stage), ring.parity ^ 1);
-    if (lane < 4) {
-      const uint4* const from = reinterpret_cast<const uint4*>(&w);
-      const uint4 v = lane == 0 ? from[0] : lane == 1 ? from[1] : lane == 2 ? from[2] : from[3];
-      const uint32_t words[4] = {v.x, v.y, v.z, v.w};
-      ptx::store_shared16(s.work + ring.stage * 64 + lane * 16, words);
-      ptx::barrier_arrive(s.work_full(ring.stage));
-    }
-    if (!more) return;
-    int taken = 0;
-    if (lane == 0) taken = atomicAdd(a.counter, 1);
-    ring.next();
-    ptx::barrier_wait(s.query_empty(queries.stage), queries.parity ^ 1);
-    gather_queries<T>(a, w, s.queries + queries.stage * T::kQueryBytes);
-    if (lane == 0) ptx::barrier_arrive(s.query_full(queries.stage));
-    queries.next();
-    i = a.first + __shfl_sync(~0u, taken, 0);
-  }
-}
-
-// --- the warps that bring keys and values
-
-// kPart: 0 keys, 1 values.
-template <class T, int kPart>
-__device__ void load_pages(const Args& a, const Shared<T>& s, const CUtensorMap* map) {
-  const int lane = threadIdx.x % 32, boxes = T::kKeys / a.box, Z = int(a.Z);
-  const int box_bytes = a.box * T::kD * 2;
-  Ring<2> tasks;
-  Ring<T::kStages> ring;
-  Work w;
-#pragma unroll 1
-  for (; read_work(s, tasks, w); tasks.next()) {
-    const int32_t* const table = a.block_table + w.request * a.table_stride;
-    int key = w.key0 + (w.blocks - 1) * T::kKeys + lane * a.box;
-    int page = lane < boxes && key < w.hi ? table[key / Z] : 0;
-#pragma unroll 1
-    for (int n = w.blocks - 1; n >= 0; --n, key -= T::kKeys, ring.next()) {
-      if (a.debug && (page < 0 || page >= a.P)) __trap();
-      const int left = w.hi - w.key0 - n * T::kKeys, count = min(boxes, (left + a.box - 1) / a.box);
-      const int group = (((page * int(a.J) + w.head) * 2 + kPart) * Z + key % Z) / 8;
-      const uint32_t full = kPart ? s.value_full(ring.stage) : s.key_full(ring.stage);
-      const uint32_t to = (kPart ? s.values : s.keys) + ring.stage * T::kBlockBytes;
-      if (n > 0 && lane < boxes) page = table[(key - T::kKeys) / Z];
-      ptx::barrier_wait(kPart ? s.value_empty(ring.stage) : s.key_empty(ring.stage),
-                        ring.parity ^ 1);
-      if (lane == 0) ptx::barrier_arrive_expect(full, count * box_bytes);
-      __syncwarp();
-      if (lane < count) ptx::copy_box(to + lane * box_bytes, map, 0, 0, 0, group, full);
-    }
-    ptx::barrier_arrive(s.work_empty(tasks.stage));
-  }
 }
 
 // --- the end of a row
@@ -332,7 +59,8 @@ struct Math {
 
   const Args& a;
   const Shared<T>& s;
-  const int group = threadIdx.x / 128 - 1, thread = threadIdx.x % 128, lane = threadIdx.x % 32;
+  const int group = T::kGroups == 1 ? 0 : threadIdx.x / 128 - 1;
+  const int thread = threadIdx.x % 128, lane = threadIdx.x % 32;
   const int r = thread / 32 * 16 + lane / 4, c = lane % 4;  // this thread: rows r and r + 8
   const bool plain = a.softcap == 0.f && a.scale > 0.f;     // scores are scaled in the exponent
   const float slope = plain ? a.scale * kLog2e : kLog2e;
@@ -345,8 +73,12 @@ struct Math {
     float top[2], sum[2], share[2];
   };
   // The warpgroups' products take turns.
-  __device__ void await_turn() const { ptx::named_barrier(1 + group, 256); }
-  __device__ void give_turn() const { ptx::named_barrier_arrive(2 - group, 256); }
+  __device__ void await_turn() const {
+    if (T::kGroups == 2) ptx::named_barrier(1 + group, 256);
+  }
+  __device__ void give_turn() const {
+    if (T::kGroups == 2) ptx::named_barrier_arrive(2 - group, 256);
+  }
   __device__ void release(uint32_t barrier) const {
     if (lane == 0) ptx::barrier_arrive(barrier);
   }
@@ -393,11 +125,11 @@ struct Math {
   // registers during the blocks that are seen whole.
   __device__ void hide(Scores& x, int n) const {
     const Work w = load_work(s, tasks.stage);
-    const int G = int(a.H / a.J), key0 = w.key0 + n * T::kKeys;
+    const int key0 = w.key0 + n * T::kKeys;
     const bool tree = w.mask == int(Mask::kTree) && key0 + T::kKeys > w.hist;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const int row = min(group * 64 + r + 8 * h, w.rows - 1), token = (w.row0 + row) / G;
+      const int row = min(group * 64 + r + 8 * h, w.rows - 1), token = a.group.of(w.row0 + row);
       const Keys keys = keys_of_token(a, w.mask, w.hist, token, w.lo, w.hi);
       const int lo = keys.lo - key0 - 2 * c, hi = keys.hi - key0 - 2 * c;
 #pragma unroll
@@ -408,15 +140,26 @@ struct Math {
       }
       if (!tree) continue;
       const uint64_t* const bits = a.tree_bits + (int64_t{w.tree} + token) * a.tree_words;
-      const int first = w.hist - key0 - 2 * c;
 #pragma unroll
-      for (int i = 0; i < T::kKeys / 4; ++i) {
-        const int at = i / 2 * 8 + i % 2;
-        float& y = x[i / 2 * 4 + 2 * h + i % 2];
-        if (at >= first && at < hi && !(bits[(at - first) / 64] >> (at - first) % 64 & 1))
-          y = -INFINITY;
+      for (int part = 0; part < T::kKeys / 64; ++part) {
+        const uint64_t shown = tree_shows(bits, key0 + part * 64 - w.hist) >> 2 * c;
+#pragma unroll
+        for (int i = 0; i < 16; ++i) {
+          float& y = x[(part * 16 + i) / 2 * 4 + 2 * h + i % 2];
+          if (!(shown >> (i / 2 * 8 + i % 2) & 1)) y = -INFINITY;
+        }
       }
     }
+  }
+  // Which of 64 keys a tree shows to the token of these bits; the first key is the tree's `node`,
+  // less than 0 before the tree.
+  __device__ uint64_t tree_shows(const uint64_t* bits, int node) const {
+    const int first = node >> 6, by = node & 63;
+    const uint64_t low = tree_word(bits, first);
+    return by == 0 ? low : low >> by | tree_word(bits, first + 1) << (64 - by);
+  }
+  __device__ uint64_t tree_word(const uint64_t* bits, int i) const {
+    return i < 0 ? ~uint64_t{0} : i < a.tree_words ? bits[i] : 0;
   }
   // Scales and caps the scores where the exponent cannot do it.
   __device__ void cap(Scores& x) const {
@@ -568,13 +311,12 @@ struct Math {
   }
 
   __device__ void finish(const Work& w, const Sums& o, const Softmax& f) const {
-    const int G = int(a.H / a.J);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const int row = group * 64 + r + 8 * h, packed = w.row0 + row;
+      const int row = group * 64 + r + 8 * h, packed = w.row0 + row, token = a.group.of(packed);
       const bool there = row < w.rows;
-      const int head = w.head * G + packed % G;
-      const int64_t at = (int64_t{w.token0} + packed / G) * a.H + head;
+      const int head = w.head * a.group.d + packed - token * a.group.d;
+      const int64_t at = (int64_t{w.token0} + token) * a.H + head;
       float sum = f.sum[h];
       sum += __shfl_xor_sync(~0u, sum, 1);
       sum += __shfl_xor_sync(~0u, sum, 2);
@@ -597,7 +339,7 @@ struct Math {
   }
 
   __device__ void run() {
-    if (group == 1) give_turn();
+    if (T::kGroups == 2 && group == 1) give_turn();
     Work w;
 #pragma unroll 1
     for (; read_work(s, tasks, w); tasks.next()) {
@@ -613,8 +355,9 @@ struct Math {
 };
 
 template <class T>
-__global__ __launch_bounds__(kThreads, 1) void attend(const __grid_constant__ CUtensorMap map,
-                                                      const __grid_constant__ Args a) {
+__global__ __launch_bounds__(T::kThreads,
+                             T::kBlocks) void attend(const __grid_constant__ CUtensorMap map,
+                                                     const __grid_constant__ Args a) {
   extern __shared__ __align__(1024) uint8_t shared_memory[];
   const Shared<T> s(ptx::shared_address(shared_memory));
   const int warp = threadIdx.x / 32;
@@ -624,12 +367,16 @@ __global__ __launch_bounds__(kThreads, 1) void attend(const __grid_constant__ CU
   __syncthreads();
   ptx::allow_next_grid();
   if (warp < 4) {
-    ptx::fewer_registers<40>();
+    if constexpr (T::kTrade) ptx::fewer_registers<T::kFeedRegisters>();
     if (warp == 0) load_pages<T, 0>(a, s, &map);
     if (warp == 1) schedule<T>(a, s);
     if (warp == 2) load_pages<T, 1>(a, s, &map);
+    if (warp == 3) {
+      prefetch_lookups(a);
+      help_gather<T>(a, s);
+    }
   } else {
-    ptx::more_registers<232>();
+    if constexpr (T::kTrade) ptx::more_registers<T::kMathRegisters>();
     Math<T>{a, s}.run();
   }
   if (a.turn == Turn::kAfter) ptx::wait_for_previous_grid();

@@ -17,11 +17,12 @@ struct TaskRange {
 __device__ inline TaskRange task_range(const Batch& p, Part part) {
   if (p.plan.words != nullptr) {
     const Header& h = p.plan.header();
-    if (h.magic != kMagic || h.words > p.plan_words || h.B != p.B || h.T != p.T || h.H != p.H ||
-        h.J != p.J)
+    const int64_t big = h.big, tasks = h.tasks;
+    // one test of them all, so that no load waits for another
+    if ((h.magic != kMagic) | (h.words > p.plan_words) | (h.B != p.B) | (h.T != p.T) |
+        (h.H != p.H) | (h.J != p.J))
       __trap();  // not a plan for this batch: nothing sensible can be written
-    const int64_t big = h.big;
-    return {part == Part::kSmall ? big : 0, part == Part::kBig ? big : h.tasks};
+    return {part == Part::kSmall ? big : 0, part == Part::kBig ? big : tasks};
   }
   if (part != Part::kAll && (part == Part::kBig) != (p.uniform.tile >= kBigTile)) return {0, 0};
   const int64_t rows = p.T * (p.H / p.J), most = p.B < p.T ? p.B : p.T;

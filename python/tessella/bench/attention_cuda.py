@@ -42,9 +42,9 @@ QUICK = [TARGET, VERIFY]
 ROTATE_BYTES = 200 << 20
 
 
-def large(c: Case) -> bool:
-    """Whether a case has tiles of 64 rows and more."""
-    return c["q"] * c["H"] > 32 * c["J"]
+def rows(c: Case) -> int:
+    """Packed rows of a case's longest request: query tokens times query heads of a kv head."""
+    return c["q"] * c["H"] // c["J"]
 
 
 def units() -> int:

@@ -11,6 +11,12 @@ from tessella.bench.suite import Case, Family, Prepared, Selection, Subject
 from tessella.formats_kv import KVPages
 
 
+def kernel(c: Case) -> str:
+    """The body that a case's longest request takes."""
+    rows = shared.rows(c)
+    return "msm.sm80.plain" if rows <= 16 else "msm.sm90.t64" if rows <= 64 else "msm.sm90.t128"
+
+
 def prepare(c: Case, selection: Selection) -> Prepared:
     """Our kernel and SDPA's on one case."""
     p, batch = shared.problem(c)
@@ -20,7 +26,7 @@ def prepare(c: Case, selection: Selection) -> Prepared:
     caches = [KVPages(torch.randn(shape, dtype=torch.bfloat16, device="cuda")) for _ in range(n)]
     ours = Subject(
         name="bf16",
-        kernel="msm.sm90.t128" if shared.large(c) else "msm.sm80.plain",
+        kernel=kernel(c),
         case={"kv": "bf16"},
         call=lambda i: ops.msm_attn(p.q, caches[i % n], batch, plan=p.plan),
         nbytes=nbytes + 2 * p.q.numel() * 2,
