@@ -275,9 +275,9 @@ def test_casting_a_loaded_model(checkpoints):
 
 @pytest.mark.gpu
 def test_on_a_gpu(checkpoints):
-    model, tokenizer = hf.load(str(checkpoints("qwen2")), device="cuda", dtype=torch.bfloat16)
+    model, _ = hf.load(str(checkpoints("qwen2")), device="cuda", dtype=torch.bfloat16)
     cpu, _ = hf.load(str(checkpoints("qwen2")), dtype=torch.bfloat16)
-    ids = tokenizer("w1 w2 w3", return_tensors="pt").input_ids
+    ids = torch.arange(5, 13)[None]
     with torch.no_grad():
         y, y_cpu = model(ids.cuda()).logits.cpu().float(), cpu(ids).logits.float()
     assert (y - y_cpu).norm() / y_cpu.norm() < 0.05

@@ -13,9 +13,7 @@ from test_msm_cuda import DIFF, DTYPES, attend, on_gpu
 KERNELS = ["msm.sm90.t64", "msm.sm90.t128"]
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(
-        not set(KERNELS) <= set(gpu_kernels("msm")), reason="built without sm_90a"
-    ),
+    pytest.mark.skipif(not set(KERNELS) <= set(gpu_kernels("msm")), reason="built without sm_90a"),
 ]
 DIMS = (64, 80, 96, 128, 256)
 MIXED = ["causal", "full", "window", "tree", "tree", "causal", "full", "causal", "causal"]
