@@ -334,5 +334,5 @@ def test_plan_is_legal(M, N, K, threads, isa):
         return
     p = _native._C.plan_w4ax_gemm(M, N, K, threads, isa)
     assert p["kernel"] in _native._C.kernels()["w4ax_gemm"]
-    assert 1 <= p["chunk_rows"] <= 96
+    assert 1 <= p["chunk_rows"] <= 256
     assert p["tasks"] == -(-N // 64) * -(-M // p["chunk_rows"])

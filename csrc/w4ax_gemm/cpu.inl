@@ -1,6 +1,6 @@
 // Body of w4ax_gemm, compiled once per instruction set (cpu/foreach_isa.h).
 //
-// A task is one panel of 64 out features x at most 96 tokens. It walks the panel's weight stream
+// A task is one panel of 64 out features x at most 256 tokens. It walks the panel's weight stream
 // once, block of 128 channels by block. Where it does so byte after byte, the core's prefetchers
 // follow, and do it better than instructions would (README.md). In a block, register tiles of kRows
 // tokens x kVecs vectors of features sum q * c in int32 and then add to the task's totals, which
@@ -19,7 +19,6 @@ using w4ax_gemm::Params;
 constexpr int kPanel = W4Panel::kN, kBlock = W4Panel::kBlockK;
 constexpr int kScales = W4Panel::kCodeBytes;  // where a block's scale rows start
 constexpr int kPrefetchBytes = 4096;          // one block ahead
-constexpr int64_t kNearBytes = 1 << 20;       // activations that stay in L2 from panel to panel
 
 // What a task keeps between blocks.
 struct Task {
@@ -234,7 +233,6 @@ inline void block_rows(Task& t, int64_t b) {
   const Params& p = t.p;
   const uint8_t* block = p.w + p.panel.block(t.panel, b);
   if constexpr (M::kWide) decode<M>(t, block, t.bytes);
-  const bool far = p.M * p.panel.Kp > kNearBytes;
   const uint8_t* next = block;
   int64_t r = 0;
   auto rows = [&](auto count) {
@@ -243,10 +241,6 @@ inline void block_rows(Task& t, int64_t b) {
       if constexpr (M::kWide) {  // between two decodes prefetchers lose the track
         const uint8_t* until = block + p.panel.block_bytes() * (r + kR) / t.rows;
         for (; next < until; next += 64) prefetch(next + p.panel.block_bytes());
-      }
-      if (M::kWide && far && b + 1 < p.panel.blocks()) {
-        const int8_t* x = p.x(b + 1) + (t.m0 + r) * kBlock;
-        for (int i = 0; i < kR * kBlock; i += 64) prefetch_l2(x + i);
       }
       for (int n = 0; n < kPanel; n += kVecs * kLanes) {
         const uint8_t* w = M::kWide ? t.bytes : block;
@@ -357,10 +351,11 @@ inline void run_task(Task& t) {
 
 template <bool kDecoded, int kVecs, int... kRows>
 inline void run_tasks(const Params& p, int64_t chunk_rows, int64_t begin, int64_t end) {
-  const int64_t tokens = p.M / p.groups.count, chunks = ceil_div(tokens, chunk_rows);
+  const int64_t tokens = p.M / p.groups.count, panels = p.groups.count * p.groups.panels;
   const bool per_block = p.granularity == Granularity::kBlock;
   for (int64_t i = begin; i < end; ++i) {
-    Task t(p, i / chunks, i % chunks * chunk_rows, tokens, chunk_rows);
+    // all panels for one chunk of tokens, whose codes then stay in L2, before the next chunk
+    Task t(p, i % panels, i / panels * chunk_rows, tokens, chunk_rows);
     auto run = [&](auto scheme, auto blocks) {
       run_task<Mode<decltype(scheme)::value, decltype(blocks)::value, kDecoded>, kVecs, kRows...>(
           t);

@@ -19,8 +19,9 @@ struct Plan {
   int64_t task_work;  // multiply-adds of one task
 };
 
-// Most rows a task may have: its totals (256 bytes a row) live on the stack and should stay in L1.
-constexpr int64_t kMostChunkRows = 96;
+// Most rows a task may have: its totals (256 bytes a row) live on the stack, and with the codes of
+// these rows should stay in L2.
+constexpr int64_t kMostChunkRows = 256;
 
 Plan plan(const Problem& problem, Isa isa);
 std::string to_string(const Problem& problem, const Plan& plan);
