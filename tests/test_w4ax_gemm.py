@@ -114,7 +114,7 @@ def test_integers_are_exact_in_every_kernel(M, N, K, scheme, case, seed, threads
 @pytest.mark.parametrize("granularity", ("token", "block"))
 def test_batch_and_thread_invariance(kernel, granularity, threads, rng):
     """A token's result is bit-equal alone, in any batch, and on any number of threads."""
-    a = quantised(127, 512, 1.0, granularity, rng)
+    a = quantised(263, 512, 1.0, granularity, rng)  # two chunks of tokens
     for scheme in SCHEMES:
         packed = ops.w4_pack(random_weight(scheme, 200, 512, rng))
         with force(kernel):
@@ -122,7 +122,7 @@ def test_batch_and_thread_invariance(kernel, granularity, threads, rng):
             whole = ops.w4ax_gemm(a, packed, dtype=torch.float32)
             threads(3)
             assert torch.equal(ops.w4ax_gemm(a, packed, dtype=torch.float32), whole)
-            for M in (1, 3, 8, 50):
+            for M in (1, 3, 8, 50, 127):
                 part = type(a)(
                     a.codes8[:, :M].contiguous(),
                     a.codes4[:, :M].contiguous(),

@@ -43,7 +43,7 @@ def made(G, F, K, first, stride, scheme, rng, **how):
 
 @native
 @pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("T", [0, 1, 3, 7, 63, 127])
+@pytest.mark.parametrize("T", [0, 1, 3, 7, 63, 127, 259])
 def test_the_bits_of_a_linear_for_each_group(kernel, T, rng):
     """Over rows at any strides, permuted, in poison; whatever stands between groups is not read."""
     for n, (G, F, K, first, stride) in enumerate(CASES):
