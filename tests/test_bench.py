@@ -11,7 +11,17 @@ import torch
 
 from command import one_object, refused, run
 from tessella import _native
-from tessella.bench import BenchError, e2e, families, records, report, suite, tables, timing
+from tessella.bench import (
+    BenchError,
+    e2e,
+    families,
+    plots,
+    records,
+    report,
+    suite,
+    tables,
+    timing,
+)
 from tessella.bench import rivals as rival_kinds
 from tessella.bench.records import Record
 from tessella.bench.suite import Family, Prepared, Selection, Settings, Subject
@@ -355,15 +365,40 @@ def test_report(results, tmp_path):
     files = report.write(results, tmp_path / "out")
     names = {f.name for f in files}
     assert {"report.md", "report.html"} <= names and all(f.stat().st_size > 0 for f in files)
-    plots = [f for f in files if f.suffix == ".png"]
-    assert len(plots) == 3 * 2 + 3 + 1  # threads of one device, the other device, end to end
-    assert all(p.read_bytes().startswith(b"\x89PNG") for p in plots)
+    drawn = [f for f in files if f.suffix == ".png"]
+    assert len(drawn) == 3 * 2 + 3 + 1  # threads of one device, the other device, end to end
+    assert all(p.read_bytes().startswith(b"\x89PNG") for p in drawn)
     page = (tmp_path / "out/report.html").read_text()
-    assert page.count("data:image/png;base64,") == len(plots)
+    assert page.count("data:image/png;base64,") == len(drawn)
     text = (tmp_path / "out/report.md").read_text()
     for words in ("w4ax_gemm on CPU, 2 cores", "w4ax_gemm on other", "tokens/s", "commit abc1234"):
         assert words in text
     assert "Predicted over measured time: median 0.89" in text
+
+
+@needs_matplotlib
+def test_plots_of_attention(tmp_path):
+    case = {"kind": "decode", "B": 4, "ctx": 512, "q": 1, "H": 8, "J": 2, "D": 64, "page": 16}
+    rival = {"sdpa_cudnn": 300.0}
+    made = [
+        gemm_record(1) | {"family": "kv4", "case": case | {"B": b, "kv": kv}, "baselines": rival}
+        for b in (1, 8)
+        for kv in ("int4", "int8")
+    ]
+    made[0]["baselines"] = {}  # a case that no rival takes
+    alone = [r | {"baselines": {}} for r in made]
+    latent = {k: v for k, v in case.items() if k not in ("kind", "J", "D", "page")}
+    mla = [
+        gemm_record(1) | {"family": "mla", "case": latent | {"L": 64, "R": 16, "latent": "int4"}}
+    ]
+    for records_, names in (
+        (made, ["kv4-time", "kv4-speedup"]),
+        (alone, ["kv4-time"]),
+        (mla, ["mla-time"]),
+    ):
+        paths = plots.draw(records_, tmp_path, records_[0]["family"])
+        assert [p.stem for p in paths] == names
+        assert all(p.read_bytes().startswith(b"\x89PNG") for p in paths)
 
 
 def test_the_repositorys_own_results_make_a_report(tmp_path):
@@ -413,7 +448,7 @@ def test_quick_run(name, tmp_path):
         assert r.keys() == KEYS and r["family"] == name
         assert r["us"] > 0 and r["roofline_us"] > 0 and r["baselines"]
         assert {"threads", "isa"} <= r["case"].keys()
-        assert r["extra"]["samples"] >= timing.FEWEST
+        assert r["extra"]["samples"] >= families.load(name, "cpu").fewest
     if name == "w4ax_gemm":
         gemm_keys = {"M", "N", "K", "scheme", "act", "timing", "threads", "isa"}
         assert all(r["case"].keys() == gemm_keys for r in stored)

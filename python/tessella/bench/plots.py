@@ -27,6 +27,11 @@ COLORS = {
     "transformers_bf16": "#0072b2",
     "transformers_bf16_folded": "#009e73",
     "transformers_fp32": "#56b4e9",
+    "sdpa": "#0072b2",
+    "sdpa_cudnn": "#0072b2",
+    "sdpa_flash": "#56b4e9",
+    "sdpa_separate": "#cc79a7",
+    "torch_folded_bf16": "#009e73",
 }
 """By who ran; colours that the colour-blind tell apart."""
 
@@ -218,6 +223,84 @@ def end_to_end(records: Sequence[Record]) -> Figure:
     return figure
 
 
+ATTENTION = ("msm", "kv4", "mla")
+"""Families whose cases are batches over caches."""
+
+
+def attention_times(records: Sequence[Record], threads: int | None) -> Figure:
+    """Time over what the roofline allows: one point for each case, by codec and by rival."""
+    records = _of_threads(records, threads)
+    figure, grid = new_figure(6.6, 5.0)
+    axes = grid[0][0]
+    least = [r["roofline_us"] for r in records]
+    ends = [min(least) * 0.8, max(least) * 1.25]
+    for factor, style in ((1, "--"), (2, ":")):
+        label = "roofline" if factor == 1 else "twice its time"
+        line = [factor * x for x in ends]
+        axes.plot(ends, line, color="#444444", linestyle=style, linewidth=1.2, label=label)
+    for name in dict.fromkeys(b for r in records for b in r["baselines"]):
+        points = [
+            (x, r["baselines"][name]) for x, r in zip(least, records) if name in r["baselines"]
+        ]
+        axes.plot(*zip(*points), "o", color=_color(name), label=name, markersize=4, alpha=0.6)
+    codecs = list(dict.fromkeys(_codec(r) for r in records))
+    for marker, codec in zip("sD^vPX*<>p" * len(codecs), codecs):
+        points = [(x, r["us"]) for x, r in zip(least, records) if _codec(r) == codec]
+        label = f"{OURS} {codec}"
+        axes.plot(*zip(*points), marker, color=_color(OURS), label=label, markersize=6, zorder=5)
+    axes.set(xscale="log", yscale="log", xlabel="least time, us", ylabel="time, us")
+    axes.set_title(f"Attention, {records[0]['family']}{_on(threads)} (lower is better)")
+    _plain_ticks(axes)
+    axes.minorticks_off()
+    _legend(figure, axes, 3)
+    clean(axes)
+    return figure
+
+
+def attention_speedups(records: Sequence[Record], threads: int | None) -> Figure:
+    """Bars: how many times longer each rival takes, case by case."""
+    records = [r for r in _of_threads(records, threads) if r["baselines"]]
+    rivals = list(dict.fromkeys(b for r in records for b in r["baselines"]))
+    figure, grid = new_figure(7.6, 1.6 + 0.16 * len(records) * (len(rivals) + 0.6))
+    axes = grid[0][0]
+    height = 0.84 / max(len(rivals), 1)
+    for j, name in enumerate(rivals):
+        bars = [
+            (i + (j - (len(rivals) - 1) / 2) * height, r["baselines"][name] / r["us"])
+            for i, r in enumerate(records)
+            if name in r["baselines"]
+        ]
+        drawn = axes.barh(*zip(*bars), height * 0.92, color=_color(name), label=name)
+        axes.bar_label(drawn, fmt="%.2f", fontsize=6, padding=1)
+    axes.axvline(1, color="#444444", linewidth=1.2)
+    axes.set_xscale("log")
+    _plain_ticks(axes)
+    axes.minorticks_off()
+    axes.set_yticks(range(len(records)), [_attention_case(r) for r in records], fontsize=7)
+    axes.invert_yaxis()
+    axes.set_xlabel("time of rival / time of tessella")
+    axes.set_title(f"Attention, {records[0]['family']}{_on(threads)}, against what else there is")
+    axes.margins(x=0.1, y=0.01)
+    _legend(figure, axes, 3)
+    clean(axes)
+    axes.grid(False, axis="y")
+    return figure
+
+
+def _of_threads(records: Sequence[Record], threads: int | None) -> list[Record]:
+    return [r for r in records if r["case"].get("threads") == threads]
+
+
+def _codec(r: Record) -> str:
+    return r["case"].get("kv") or r["case"]["latent"]
+
+
+def _attention_case(r: Record) -> str:
+    c = r["case"]
+    tokens = f" x {c['q']}" if c["q"] > 1 else ""
+    return f"{c['kind']} {c['B']}{tokens} over {c['ctx']}, {c['kv']}, pages of {c['page']}"
+
+
 def _three_digits(x: float) -> str:
     return f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
 
@@ -257,6 +340,12 @@ def draw(records: Sequence[Record], out: Path, prefix: str) -> list[Path]:
                 {"gmacs", "gbs", "ceiling_gbs", "ceiling_gmacs"} <= r["extra"].keys() for r in main
             ):
                 figures[f"roofline{suffix}"] = roofline(records, threads)
+    elif family in ATTENTION:
+        for threads in dict.fromkeys(r["case"].get("threads") for r in records):
+            suffix = f"-{threads}t" if threads else ""
+            figures[f"time{suffix}"] = attention_times(records, threads)
+            if family != "mla" and any(r["baselines"] for r in _of_threads(records, threads)):
+                figures[f"speedup{suffix}"] = attention_speedups(records, threads)
     elif family == "e2e":
         for model in dict.fromkeys(r["case"]["model"] for r in records):
             of_model = [r for r in records if r["case"]["model"] == model]
