@@ -442,34 +442,20 @@ __global__ __launch_bounds__(kThreads, S::kBlocks) void attend(const typename S:
 
 // --- pages of plain numbers
 
-// kExact: the head dim is kHead, else less or equal. kMost: blocks a multiprocessor; three read
-// faster where only some multiprocessors read.
-template <DType kNumbers, int kHead, int kEights, bool kExact, int kMost = 2>
-struct Plain {
+// What sources of numbers of kBytes share: queries in registers, and the way into a stage.
+template <int kHead, int kEights, bool kExact, int kBytes>
+struct Numbers {
   using Problem = Params;
-  static constexpr DType kType = kNumbers;
   static constexpr int kD = kHead, kTiles = kEights;
-  static constexpr int kStages = kMost > 2 || kHead* kEights > 256 ? 2 : 3;
-  static constexpr int kBlocks = kHead > 128 ? 1 : kMost;
   static constexpr bool kKeep = kD * kTiles < 512;  // queries stay in registers
-  using Product = std::conditional_t<kType == DType::kBF16, ptx::Bf16Product, ptx::F16Product>;
 
   const Params& p;
   uint2 q[kKeep ? kD / 16 : 1][kKeep ? kTiles : 1];
 
-  __device__ explicit Plain(const Params& problem) : p(problem) {}
-  static int stage_bytes(const Params& p) { return 2 * kGroup * int(p.D * 2 + 16); }
+  __device__ explicit Numbers(const Params& problem) : p(problem) {}
+  static int stage_bytes(const Params& p) { return 2 * kGroup * int(p.D * kBytes + 16); }
 
-  // --- how channels and keys lie in fragments
   static __device__ int key(const Lane& at, int half) { return at.r + 8 * half; }
-  __device__ int channel_of(int k, int c, int e) const {
-    return 16 * k + e / 2 * 8 + 2 * c + e % 2;
-  }
-  __device__ int channel_out(int m, int half, int r) const { return 16 * m + 8 * half + r; }
-
-  __device__ RowNumbers query(char*, const Rows&, int, float (&)[kD / 32]) const {
-    return {1.f, 0.f, 1.f};
-  }
   __device__ void result(float*, const Rows&, int, float (&)[kD / 32]) const {}
   __device__ void keep_queries(const uint2* fragments) {
     if constexpr (kKeep)
@@ -481,12 +467,12 @@ struct Plain {
   __device__ int dim() const { return kExact ? kD : int(p.D); }
   __device__ bool uses_ring() const { return false; }
 
-  // --- a stage: 16 keys, then 16 values, each in a row of 2 D + 16 bytes
+  // --- a stage: 16 keys, then 16 values, each in a row of its numbers and 16 bytes
   template <bool kWhole>
   __device__ __forceinline__ void copy_rows(uint32_t to, const char* from, int there) const {
-    const int lane = threadIdx.x % 32, cols = dim() / 8;
+    const int lane = threadIdx.x % 32, cols = dim() * kBytes / 16;
 #pragma unroll
-    for (int k = 0; k < kD / 16; ++k) {
+    for (int k = 0; k < kD * kBytes / 32; ++k) {
       const int i = lane + 32 * k, row = i / cols;
       if (!kExact && i >= kGroup * cols) break;
       if (kWhole)
@@ -498,9 +484,9 @@ struct Plain {
   __device__ __forceinline__ void copy(uint32_t stage, int page, int in, const Rows& rows,
                                        int there) const {
     const int64_t at = (int64_t{page} * p.J + rows.j) * 2 * p.Z + in * kGroup;
-    const char* from = static_cast<const char*>(p.pages) + at * dim() * 2;
-    const uint32_t half = kGroup * uint32_t(dim() * 2 + 16);
-    const char* values = from + p.Z * dim() * 2;
+    const char* from = static_cast<const char*>(p.pages) + at * dim() * kBytes;
+    const uint32_t half = kGroup * uint32_t(dim() * kBytes + 16);
+    const char* values = from + p.Z * dim() * kBytes;
     if (there >= kGroup) {
       copy_rows<true>(stage, from, there);
       copy_rows<true>(stage + half, values, there);
@@ -508,6 +494,28 @@ struct Plain {
       copy_rows<false>(stage, from, there);
       copy_rows<false>(stage + half, values, there);
     }
+  }
+};
+
+// kExact: the head dim is kHead, else less or equal. kMost: blocks a multiprocessor; three read
+// faster where only some multiprocessors read.
+template <DType kNumbers, int kHead, int kEights, bool kExact, int kMost = 2>
+struct Plain : Numbers<kHead, kEights, kExact, 2> {
+  using Base = Numbers<kHead, kEights, kExact, 2>;
+  using Base::Base, Base::dim, Base::kD, Base::kKeep, Base::kTiles, Base::p, Base::q;
+  static constexpr DType kType = kNumbers;
+  static constexpr int kStages = kMost > 2 || kHead* kEights > 256 ? 2 : 3;
+  static constexpr int kBlocks = kHead > 128 ? 1 : kMost;
+  using Product = std::conditional_t<kType == DType::kBF16, ptx::Bf16Product, ptx::F16Product>;
+
+  // --- how channels lie in fragments
+  __device__ int channel_of(int k, int c, int e) const {
+    return 16 * k + e / 2 * 8 + 2 * c + e % 2;
+  }
+  __device__ int channel_out(int m, int half, int r) const { return 16 * m + 8 * half + r; }
+
+  __device__ RowNumbers query(char*, const Rows&, int, float (&)[kD / 32]) const {
+    return {1.f, 0.f, 1.f};
   }
 
   __device__ __forceinline__ void score(uint32_t stage, const uint2* fragments, const Rows&, int,

@@ -8,21 +8,13 @@ namespace tessella::msm::dev {
 
 // kExact: the head dim is kHead, else less or equal.
 template <int kHead, int kEights, bool kExact>
-struct Eights {
-  using Problem = Params;
+struct Eights : Numbers<kHead, kEights, kExact, 1> {
+  using Base = Numbers<kHead, kEights, kExact, 1>;
+  using Base::Base, Base::dim, Base::kD, Base::kKeep, Base::kTiles, Base::p, Base::q;
   static constexpr DType kType = DType::kF16;
-  static constexpr int kD = kHead, kTiles = kEights, kStages = kHead > 128 ? 4 : 5;
-  static constexpr int kBlocks = kHead > 128 ? 1 : 2;
-  static constexpr bool kKeep = kD * kTiles < 512;  // queries stay in registers
+  static constexpr int kStages = kHead > 128 ? 4 : 5, kBlocks = kHead > 128 ? 1 : 2;
 
-  const Params& p;
-  uint2 q[kKeep ? kD / 16 : 1][kKeep ? kTiles : 1];
-
-  __device__ explicit Eights(const Params& problem) : p(problem) {}
-  static int stage_bytes(const Params& p) { return 2 * kGroup * int(p.D + 16); }
-
-  // --- how channels and keys lie in fragments: a word is four channels of a key
-  static __device__ int key(const Lane& at, int half) { return at.r + 8 * half; }
+  // --- how channels lie in fragments: a word is four channels of a key
   __device__ int channel_of(int k, int c, int e) const { return 16 * k + 4 * c + e; }
   __device__ int channel_out(int m, int half, int r) const { return 16 * m + 2 * r + half; }
 
@@ -30,45 +22,6 @@ struct Eights {
     const int exponent = into_half_range(x);
     const float factor = exp2f(float(exponent)) * p.scale * kLog2e;
     return {factor, 0.f, factor};
-  }
-  __device__ void result(float*, const Rows&, int, float (&)[kD / 32]) const {}
-  __device__ void keep_queries(const uint2* fragments) {
-    if constexpr (kKeep)
-      for (int k = 0; k < kD / 16; ++k)
-        for (int n = 0; n < kTiles; ++n)
-          q[k][n] = fragments[(k * kTiles + n) * 32 + threadIdx.x % 32];
-  }
-
-  __device__ int dim() const { return kExact ? kD : int(p.D); }
-  __device__ bool uses_ring() const { return false; }
-
-  // --- a stage: 16 keys, then 16 values, each in a row of D + 16 bytes
-  template <bool kWhole>
-  __device__ __forceinline__ void copy_rows(uint32_t to, const char* from, int there) const {
-    const int lane = threadIdx.x % 32, cols = dim() / 16;
-#pragma unroll
-    for (int k = 0; k < kD / 32; ++k) {
-      const int i = lane + 32 * k, row = i / cols;
-      if (!kExact && i >= kGroup * cols) break;
-      if (kWhole)
-        ptx::copy16(to + i * 16 + row * 16, from + i * 16);
-      else
-        ptx::copy16(to + i * 16 + row * 16, from + i * 16, row < there);
-    }
-  }
-  __device__ __forceinline__ void copy(uint32_t stage, int page, int in, const Rows& rows,
-                                       int there) const {
-    const int64_t at = (int64_t{page} * p.J + rows.j) * 2 * p.Z + in * kGroup;
-    const char* from = static_cast<const char*>(p.pages) + at * dim();
-    const uint32_t half = kGroup * uint32_t(dim() + 16);
-    const char* values = from + p.Z * dim();
-    if (there >= kGroup) {
-      copy_rows<true>(stage, from, there);
-      copy_rows<true>(stage + half, values, there);
-    } else {
-      copy_rows<false>(stage, from, there);
-      copy_rows<false>(stage + half, values, there);
-    }
   }
 
   __device__ __forceinline__ void score(uint32_t stage, const uint2* fragments, const Rows&, int,
