@@ -121,7 +121,8 @@ def _serving(baselines: tuple[str, ...], rig: str) -> Callable[[Results], Ours]:
 def _nearest_serving(results: Results, rig: str) -> Ours:
     """What comes closest while no serving run is on record: a block's linears, a CPU's decoding."""
     parts = []
-    block = speedup(results(CHAIN, scheme="twolevel", M=(16, 64)), "cublas_bf16")
+    of_block = results(CHAIN, model="llama3-8b", scheme="twolevel", M=(16, 64))
+    block = speedup(of_block, "cublas_bf16")
     if block is not None:
         parts.append(
             f"linears and norms of a Llama-3-8B block, H200, M 16 to 64: {block:.2f}x bf16"
