@@ -14,6 +14,7 @@ L, J, H, D, Z = 2, 2, 4, 32, 16
 SHAPE = CacheShape(L, J, D, torch.float32)
 CODECS = (
     "fp32",
+    "fp8",
     "int8",
     "kv4",
     "kv4-g16",
@@ -160,7 +161,7 @@ def test_truncation_into_a_page_of_channels(rng):
     close(run(cache.step([h], [27]), parts), expected(cache.codec, parts), "int8-kivi")
 
 
-@pytest.mark.parametrize("codec", ["fp32", "int8", "kv4"])
+@pytest.mark.parametrize("codec", ["fp32", "fp8", "int8", "kv4"])
 def test_prompts_share_prefixes_to_the_token(codec: str, rng):
     cache = PagedKVCache(SHAPE, codec, pages=40, page_size=Z)
     t, ids = Tokens(rng, 50), list(range(100, 150))
@@ -197,7 +198,7 @@ def random_tree(rng: torch.Generator, n: int) -> torch.Tensor:
     return seen
 
 
-@pytest.mark.parametrize("codec", ["fp32", "int8", "kv4", "kv4-hadamard"])
+@pytest.mark.parametrize("codec", ["fp32", "fp8", "int8", "kv4", "kv4-hadamard"])
 @pytest.mark.parametrize("n", [1, 7, 70])
 def test_a_tree_beside_prefill_and_decode(codec: str, n: int, rng):
     cache = PagedKVCache(SHAPE, codec, pages=60, page_size=Z)
@@ -261,7 +262,7 @@ def test_pages_are_added_when_the_cache_may_grow(rng):
     assert len(cache.main.table.pool.holders) >= 7
 
 
-@pytest.mark.parametrize("codec", ["fp32", "kv4", "kv4-deco16"])
+@pytest.mark.parametrize("codec", ["fp32", "fp8", "kv4", "kv4-deco16"])
 def test_a_full_cache_says_so_and_changes_nothing(codec: str, rng):
     cache = PagedKVCache(SHAPE, codec, pages=20, page_size=Z, sequences=2)
     t, a, b = Tokens(rng, 400), cache.open(), cache.open()
@@ -347,7 +348,7 @@ def test_random_operations_do_not_mix_sequences(codec: str, seed: int, operation
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("codec", ["fp32", "int8", "kv4", "kv4-hadamard"])
+@pytest.mark.parametrize("codec", ["fp32", "fp8", "int8", "kv4", "kv4-hadamard"])
 def test_many_random_operations_do_not_mix_sequences(codec: str):
     play(codec, 3, 2000)
 

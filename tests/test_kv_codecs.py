@@ -52,7 +52,7 @@ def test_coded_keys_and_values_are_close(name: str, rng):
     assert 0 < error(k2, k) < allowed[k_bits] and 0 < error(v2, v) < allowed[v_bits]
 
 
-@pytest.mark.parametrize("name", ["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize("name", ["bf16", "fp16", "fp32", "fp8"])
 def test_uncoded_pages_round_to_their_dtype(name: str, rng):
     k, v = keys_values(rng)
     codec = kv.parse(name)

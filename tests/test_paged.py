@@ -48,7 +48,7 @@ def test_uncoded_pages_give_the_same_text(arch: str, rng):
 
 
 @pytest.mark.parametrize("arch", tiny.ARCHITECTURES)
-@pytest.mark.parametrize("codec", ["int8", "kv4", "kv4-kivi", "kv4-hadamard"])
+@pytest.mark.parametrize("codec", ["fp8", "int8", "kv4", "kv4-kivi", "kv4-hadamard"])
 def test_coded_pages_stay_close(arch: str, codec: str, rng):
     m, x = model(arch), ids(rng, 2, 100)
     want, got = logits(m, x), logits(m, x, paged_cache(m, codec))

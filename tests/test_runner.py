@@ -55,7 +55,7 @@ def test_one_ragged_batch_is_many_generations(model, rng):
     assert not table.sequences and table.available == len(table.pool.holders)
 
 
-@pytest.mark.parametrize("codec", ["fp32", "int8", "kv4", "kv4-hadamard"])
+@pytest.mark.parametrize("codec", ["fp32", "fp8", "int8", "kv4", "kv4-hadamard"])
 @pytest.mark.parametrize("drafts", [1, 7, 40])
 def test_speculation_changes_the_steps_and_not_the_text(model, codec: str, drafts: int, rng):
     texts = [repeating(rng, 60), *prompts(rng, 33, 9), repeating(rng, 25)]
