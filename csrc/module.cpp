@@ -72,14 +72,15 @@ static py::dict plan_w4ax_gemm(int64_t M, int64_t N, int64_t K, int threads,
 }
 
 static py::dict plan_w4ax_gemm_sm90(int64_t M, int64_t N, int64_t K, const std::string& scheme,
-                                    int sms, int tokens, bool stream) {
+                                    int sms, int tokens, bool stream, bool probe, bool wide) {
   const Scheme s = scheme == "channel" ? Scheme::kChannel
                    : scheme == "g128"  ? Scheme::kGroup
                                        : Scheme::kTwoLevel;
-  const w4ax_gemm::GpuProblem problem{M, N, round_up(K, 128), s, sms};
+  const w4ax_gemm::GpuProblem problem{M, N, round_up(K, 128), s, sms, wide};
   const w4ax_gemm::Sm90Plan plan =
-      stream ? w4ax_gemm::plan_sm90_with(problem, {tokens, 1, false, true})
-             : w4ax_gemm::plan_sm90(problem, tokens);
+      probe    ? w4ax_gemm::plan_sm90_probe(problem, tokens)
+      : stream ? w4ax_gemm::plan_sm90_with(problem, {tokens, 1, false, true})
+               : w4ax_gemm::plan_sm90(problem, tokens);
   py::dict d;
   d["kernel"] =
       std::string("w4ax_gemm.sm90.") + (plan.stream > 0 ? "s" : "t") + std::to_string(plan.tokens);
@@ -201,10 +202,10 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         py::arg("threads") = 1, py::arg("isa") = "", "The plan for one problem on CPU.");
   m.def("plan_w4ax_gemm_sm90", &plan_w4ax_gemm_sm90, py::arg("M"), py::arg("N"), py::arg("K"),
         py::arg("scheme") = "twolevel", py::arg("sms") = 132, py::arg("tokens") = 0,
-        py::arg("stream") = false,
+        py::arg("stream") = false, py::arg("probe") = false, py::arg("wide") = false,
         "The plan for one problem on Hopper; with `tokens`, of that token tile; with `stream` too, "
-        "the "
-        "one that deals out K in equal shares.");
+        "the one that deals out K in equal shares; with `probe`, the one that measures decoding, "
+        "for two-level weights or, with `wide`, widened ones.");
   m.def(
       "advise_huge_pages",
       [](uintptr_t data, size_t bytes) { advise_huge_pages(reinterpret_cast<void*>(data), bytes); },

@@ -26,12 +26,15 @@ inline layout::W4Panel check_scheme(const char* op, const std::string& scheme, i
   return p;
 }
 
-// The weight and the bias, on the device of `like`, which has the result's dtype.
+// The weight and the bias, on the device of `like`, which has the result's dtype. Of a `wide`
+// weight a code has a byte, and scales are those of channels alone.
 inline void check_weight(const char* op, Params& p, const Tensor& w, const std::string& scheme,
                          int64_t N, int64_t Kp, const std::optional<Tensor>& bias, ScalarType dtype,
-                         const Tensor& like) {
+                         const Tensor& like, bool wide = false) {
   p.panel = check_scheme(op, scheme, N, Kp);
-  check_tensor(Arg{op, "w"}, w, ScalarType::Byte, {p.panel.bytes()}, like);
+  const int64_t wide_panel = p.panel.blocks() * 2 * p.panel.kCodeBytes + p.panel.tail_bytes();
+  const int64_t bytes = wide ? p.panel.panels() * wide_panel : p.panel.bytes();
+  check_tensor(Arg{op, "w"}, w, ScalarType::Byte, {bytes}, like);
   if (bias.has_value()) {
     check_tensor(Arg{op, "bias"}, *bias, dtype, {N}, w);
     p.bias = bias->const_data_ptr();
@@ -66,7 +69,7 @@ inline void check_groups(const char* op, Params& p, int64_t G, int64_t features,
 inline Params check(const char* op, const Tensor& codes8, const Tensor& codes4, const Tensor& sums,
                     const Tensor& scales, const Tensor& w, const std::string& scheme, int64_t N,
                     const std::string& granularity, const std::optional<Tensor>& bias,
-                    ScalarType dtype) {
+                    ScalarType dtype, bool wide = false) {
   Params p{};
   p.granularity = check_granularity(op, granularity);
   p.dtype = check_float(Arg{op, "dtype"}, dtype);
@@ -87,7 +90,7 @@ inline Params check(const char* op, const Tensor& codes8, const Tensor& codes4, 
     check_tensor(Arg{op, "scales"}, scales, ScalarType::Float, {scale_rows(p.granularity, B), p.M},
                  w);
   check_one_precision(op, p.granularity, p.K8, B * 128);
-  check_weight(op, p, w, scheme, N, B * 128, bias, dtype, w);
+  check_weight(op, p, w, scheme, N, B * 128, bias, dtype, w, wide);
   p.codes4 = codes4.const_data_ptr<uint8_t>();
   p.x8 = codes8.const_data_ptr<int8_t>();
   p.sums = sums.const_data_ptr<int32_t>();

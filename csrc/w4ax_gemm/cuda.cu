@@ -91,6 +91,25 @@ int run_cuda(const Params& p, const Scratch& scratch, void* stream) {
   return int(cudaGetLastError());
 }
 
+int run_probe(const Params& p, bool wide, void* stream) {
+  if (!env().error.empty()) throw std::runtime_error(env().error);
+  if (!hopper_takes(p))
+    throw std::runtime_error(
+        "tessella::_w4ax_gemm_probe: needs a build with sm_90a, a GPU of compute capability 9.0, "
+        "and activations that are all INT8");
+  const std::string forced = env().force.empty() ? "" : forced_kernel("w4ax_gemm");
+  const Named body = hopper_body(forced);
+  const GpuProblem problem{p.M, p.panel.N, p.panel.Kp, p.panel.scheme, cuda::this_device().sms,
+                           wide};
+  const bool known = forced.empty() || (body.tokens > 0 && !body.stream);
+  const Sm90Plan plan = known ? plan_sm90_probe(problem, body.tokens) : Sm90Plan{};
+  if (plan.stages == 0)
+    throw std::runtime_error("TESSELLA_FORCE: '" + forced + "' has no body for widened weights");
+  if (env().log_plan) log_plan(to_string(problem, plan));
+  if constexpr (kHasSm90) return run_sm90(p, plan, env().programmatic, nullptr, stream);
+  return 0;
+}
+
 // --- packing
 
 constexpr int kThreads = 256;

@@ -71,6 +71,21 @@ static void w4ax_gemm_out(const Tensor& codes8, const Tensor& codes4, const Tens
   run("w4ax_gemm_out", p, codes8, out);
 }
 
+// For measuring: two-level weights as they are packed, or widened, in the same tiles (README.md).
+static Tensor w4ax_gemm_probe(const Tensor& codes8, const Tensor& codes4, const Tensor& sums,
+                              const Tensor& scales, const Tensor& w, int64_t N, bool wide) {
+  const char* op = "_w4ax_gemm_probe";
+  if (!w.is_cuda()) refuse(Arg{op, "w"}, "a tensor on cuda", describe(w));
+  const ScalarType dtype = ScalarType::BFloat16;
+  Params p =
+      check(op, codes8, codes4, sums, scales, w, "twolevel", N, "token", std::nullopt, dtype, wide);
+  Tensor out = torch::stable::new_empty(codes8, {p.M, N}, dtype);
+  p.out = out.mutable_data_ptr();
+  if (p.M == 0) return out;
+  TSL_IF_CUDA(on_gpu(op, out, [&](void* stream) { return run_probe(p, wide, stream); });)
+  return out;
+}
+
 // The codes of x in one buffer, whose parts start at multiples of 128 bytes: what ActBlocks hold,
 // made and used within one call.
 static Tensor quantise(const char* op, act_quant::Params& q, const Tensor& x) {
@@ -221,6 +236,7 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor> w4_unpack(const Tensor& w,
 STABLE_TORCH_LIBRARY_IMPL(tessella, CPU, m) {
   m.impl("w4ax_gemm", TORCH_BOX(&w4ax_gemm));
   m.impl("w4ax_gemm_out", TORCH_BOX(&w4ax_gemm_out));
+  m.impl("_w4ax_gemm_probe", TORCH_BOX(&w4ax_gemm_probe));  // says that it is for CUDA
   m.impl("w4ax_linear", TORCH_BOX(&w4ax_linear));
   m.impl("w4ax_grouped", TORCH_BOX(&w4ax_grouped));  // on CUDA the reference: one product a group
   m.impl("w4_pack", TORCH_BOX(&w4_pack));
@@ -229,6 +245,7 @@ STABLE_TORCH_LIBRARY_IMPL(tessella, CPU, m) {
 TSL_IF_CUDA(STABLE_TORCH_LIBRARY_IMPL(tessella, CUDA, m) {
   m.impl("w4ax_gemm", TORCH_BOX(&w4ax_gemm));
   m.impl("w4ax_gemm_out", TORCH_BOX(&w4ax_gemm_out));
+  m.impl("_w4ax_gemm_probe", TORCH_BOX(&w4ax_gemm_probe));
   m.impl("w4ax_linear", TORCH_BOX(&w4ax_linear));
   m.impl("w4_pack", TORCH_BOX(&w4_pack));
   m.impl("w4_unpack", TORCH_BOX(&w4_unpack));

@@ -57,6 +57,8 @@ void run_cpu(const Params& p, const Plan& plan);
 using Scratch = std::function<void*(int64_t bytes)>;
 int run_cuda(const Params& p, const Scratch& scratch, void* stream);
 struct Sm90Plan;
+// _w4ax_gemm_probe, with the plan of plan_sm90_probe; `wide` says that the weights are widened.
+int run_probe(const Params& p, bool wide, void* stream);
 int run_sm90(const Params& p, const Sm90Plan& plan, bool programmatic, void* scratch, void* stream);
 
 // x4 [blocks][M][128] from codes4 [blocks][M][64]; sums [Kp/G][M] for groups smaller than a block.

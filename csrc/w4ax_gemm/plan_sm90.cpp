@@ -5,9 +5,10 @@
 namespace tessella::w4ax_gemm {
 
 Sm90Plan plan_sm90_with(const GpuProblem& problem, const Sm90Cut& cut) {
-  const Sm90Tile tile{cut.tokens, problem.scheme};
+  const Sm90Tile tile{cut.tokens, problem.scheme, problem.wide};
   Sm90Plan p{};
   p.tokens = cut.tokens;
+  p.wide = problem.wide;
   p.split = cut.split;
   const int64_t blocks = problem.Kp / 128;
   const bool totals_fit = problem.scheme != Scheme::kGroup || cut.tokens <= 128;
@@ -118,6 +119,21 @@ Sm90Plan plan_sm90(const GpuProblem& problem, int tokens) {
   return best;
 }
 
+Sm90Plan plan_sm90_probe(const GpuProblem& problem, int tokens) {
+  GpuProblem coded = problem;
+  coded.wide = false;
+  Sm90Plan best{};
+  double least = 0;
+  for (int t : {64, 128, 256}) {
+    if (tokens > 0 ? t != tokens : t > 64 && t / 2 >= problem.M) continue;
+    const Sm90Plan p = plan_sm90(coded, t);
+    const double us = estimate(coded, p);
+    if (best.stages == 0 || us < least) best = p, least = us;
+  }
+  if (best.stages == 0) return best;
+  return plan_sm90_with(problem, {best.tokens, best.split, best.whole < best.tiles});
+}
+
 std::string to_string(const GpuProblem& problem, const Sm90Plan& plan) {
   return "w4ax_gemm M=" + std::to_string(problem.M) + " N=" + std::to_string(problem.N) +
          " K=" + std::to_string(problem.Kp) + " sms=" + std::to_string(problem.sms) + " -> tile t" +
@@ -127,7 +143,8 @@ std::string to_string(const GpuProblem& problem, const Sm90Plan& plan) {
          (plan.stream > 0 ? ", " + std::to_string(plan.stream) + " of them by shares of K" : "") +
          (plan.whole < plan.tiles
               ? ", the last " + std::to_string(plan.tiles - plan.whole) + " of them halves"
-              : "");
+              : "") +
+         (plan.wide ? ", weights widened" : "");
 }
 
 }  // namespace tessella::w4ax_gemm

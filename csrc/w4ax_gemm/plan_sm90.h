@@ -15,6 +15,7 @@ struct GpuProblem {
   int64_t M, N, Kp;
   Scheme scheme;
   int sms;
+  bool wide = false;  // two-level weights as the bytes that are multiplied
 };
 
 struct Sm90Plan {
@@ -26,6 +27,7 @@ struct Sm90Plan {
   int stream;  // leading tiles whose K is dealt out in equal shares (cuda/stream_k.cuh)
   int grid;    // thread blocks
   int smem;    // bytes of shared memory of a thread block
+  bool wide;   // as in the problem
 
   // Bytes of scratch memory: a part of a tile and its flag for each thread block.
   int64_t scratch_bytes(const struct Sm90Tile& tile) const;
@@ -35,6 +37,7 @@ struct Sm90Plan {
 struct Sm90Tile {
   int tokens;
   Scheme scheme;
+  bool wide = false;
 
   constexpr int warpgroups() const { return tokens <= 32 ? 1 : 2; }
   constexpr int features() const { return 64 * warpgroups(); }
@@ -47,6 +50,7 @@ struct Sm90Tile {
   // small tiles take several blocks with one.
   constexpr int chunk() const { return tokens <= 32 ? 4 : tokens == 64 ? 2 : 1; }
   constexpr int block_bytes() const {  // one panel's 128 channels, layout/w4_frag.h
+    if (wide) return 8192;
     return 4096 + (scheme == Scheme::kTwoLevel ? 128 : scheme == Scheme::kGroup ? 192 : 0);
   }
   constexpr int weight_bytes() const { return chunk() * warpgroups() * block_bytes(); }
@@ -87,7 +91,7 @@ inline int64_t Sm90Plan::scratch_bytes(const Sm90Tile& tile) const {
 }
 
 constexpr int kSm90MostStages = 16;
-constexpr int kSm90SmemPerSm = 227 * 1024, kSm90SmemReserved = 1024;
+constexpr int kSm90SmemPerSm = 228 * 1024, kSm90SmemReserved = 1024;  // the latter a block
 
 // How a problem is cut.
 struct Sm90Cut {
@@ -101,6 +105,10 @@ Sm90Plan plan_sm90_with(const GpuProblem& problem, const Sm90Cut& cut);
 
 // The plan of choice; with `tokens` > 0 among those of this token tile.
 Sm90Plan plan_sm90(const GpuProblem& problem, int tokens = 0);
+
+// The plan that measures what decoding costs: the choice for two-level weights among tiles of 64
+// tokens or more without shares of K, and the same cut for widened ones.
+Sm90Plan plan_sm90_probe(const GpuProblem& problem, int tokens = 0);
 
 std::string to_string(const GpuProblem& problem, const Sm90Plan& plan);
 

@@ -24,6 +24,14 @@ static Kernel* kernel_of(Scheme scheme) {
 }
 
 static Kernel* kernel_of(Scheme scheme, const Sm90Plan& plan) {
+  if (plan.wide) {
+#define X(kTokens)            \
+  if (plan.tokens == kTokens) \
+    return &sm90::gemm<sm90::Tile<Scheme::kTwoLevel, kTokens, false, true>>;
+    TSL_W4AX_GEMM_SM90_WIDE(X)
+#undef X
+    return nullptr;
+  }
 #define X(kTokens) \
   if (plan.tokens == kTokens && plan.stream == 0) return kernel_of<kTokens, false>(scheme);
   TSL_W4AX_GEMM_SM90_TILES(X)
@@ -47,14 +55,14 @@ static uint64_t new_nonce() {
 
 static sm90::Args arguments(const Params& p, const Sm90Plan& plan, bool programmatic,
                             void* scratch) {
-  const Sm90Tile tile{plan.tokens, p.panel.scheme};
+  const Sm90Tile tile{plan.tokens, p.panel.scheme, plan.wide};
   sm90::Args a{};
   a.w = p.w;
   a.sums = p.sums;
   a.scales = p.scales;
   a.bias = p.bias;
   a.out = p.out;
-  a.panel_bytes = p.panel.panel_bytes();
+  a.panel_bytes = p.panel.blocks() * tile.block_bytes() + p.panel.tail_bytes();
   a.M = p.M;
   a.N = int(p.panel.N);
   a.blocks = int(p.panel.blocks());
@@ -81,7 +89,7 @@ static sm90::Args arguments(const Params& p, const Sm90Plan& plan, bool programm
 int run_sm90(const Params& p, const Sm90Plan& plan, bool programmatic, void* scratch,
              void* stream) {
   Kernel* kernel = kernel_of(p.panel.scheme, plan);
-  const Sm90Tile tile{plan.tokens, p.panel.scheme};
+  const Sm90Tile tile{plan.tokens, p.panel.scheme, plan.wide};
   const sm90::Args args = arguments(p, plan, programmatic, scratch);
   // codes8 [K/128][M][128], a box of one load's codes of the tile's tokens; the result [M][N]
   CUtensorMap acts, half{}, out{};

@@ -159,6 +159,10 @@ struct Math {
         s.weights + stage * T::kWeightBytes + (warpgroup * T::kChunk + i) * T::kBlockBytes;
     const uint32_t pair = warp * 8 + r;
     Packed p;
+    if constexpr (T::kWide) {  // decode() loads, once wgmma has done with the registers
+      p.meta = from + thread * 16;
+      return p;
+    }
     p.codes[0] = ptx::load_shared16(from + thread * 16);
     p.codes[1] = ptx::load_shared16(from + 2048 + thread * 16);
     if constexpr (T::kScheme != Scheme::kChannel)
@@ -170,6 +174,19 @@ struct Math {
   // Fragment registers of 128 channels.
   using Fragments = uint32_t[4][4];
   __device__ void decode(const Packed& p, Fragments& f) const {
+    if constexpr (T::kWide)
+      load_widened(p.meta, f);
+    else
+      decode_codes(p, f);
+  }
+  __device__ void load_widened(uint32_t from, Fragments& f) const {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const uint4 v = ptx::load_shared16(from + i * 2048);
+      f[i][0] = v.x, f[i][1] = v.y, f[i][2] = v.z, f[i][3] = v.w;
+    }
+  }
+  __device__ void decode_codes(const Packed& p, Fragments& f) const {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const uint4 v = p.codes[i];

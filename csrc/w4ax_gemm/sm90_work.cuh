@@ -30,11 +30,12 @@ struct Args {
   bool vector;        // rows of the result are whole, aligned 16-byte vectors
 };
 
-template <Scheme kS, int kT, bool kStreamed = false>
+template <Scheme kS, int kT, bool kStreamed = false, bool kBytes = false>
 struct Tile {
   static constexpr Scheme kScheme = kS;
   static constexpr int kTokens = kT;
-  static constexpr Sm90Tile kTile{kT, kS};
+  static constexpr bool kWide = kBytes;  // weights are the bytes that are multiplied
+  static constexpr Sm90Tile kTile{kT, kS, kWide};
   static constexpr int kWarpgroups = kTile.warpgroups(), kMath = kTile.math_threads();
   static constexpr int kThreads = kTile.threads(), kBlocksPerSm = kTile.blocks_per_sm();
   static constexpr int kBlockBytes = kTile.block_bytes(), kChunk = kTile.chunk();

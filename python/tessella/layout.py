@@ -151,3 +151,26 @@ def w4_pack_cuda(w: W4Weight) -> Tensor:
     if w.scheme == "channel":
         tail.append(_rows(w.zeros, panels))
     return torch.cat([body, *tail], 1).flatten()
+
+
+def w4_widen_cuda(w: W4Weight) -> Tensor:
+    """Two-level weight -> uint8 blob of the bytes q * s1 + a that its products are made of.
+
+    In the order of wgmma's fragment registers, which no decoding makes: a panel's block of 128
+    channels is 4 rows of 32 channels; in a row thread 32 warp + 4 r + c owns 16 bytes, register
+    2 i + h of which has feature 16 warp + r + 8 h and channels 16 i + 4 c..+3. The panel's 64
+    channel scales follow its blocks. This is for measuring what decoding costs; nothing stores it.
+
+    Raises:
+        ValueError: another scheme.
+    """
+    if w.scheme != "twolevel":
+        raise ValueError(f"w4_widen_cuda: scheme: expected twolevel, got {w.scheme}")
+    panels, blocks = -(-w.N // PANEL_N), padded_k(w.K) // BLOCK_K
+    q = _rows(unpack_nibbles(w.codes), panels).view(panels, PANEL_N, blocks, BLOCK_K)
+    s1, a = (_rows(t, panels).view(panels, PANEL_N, blocks, 1) for t in (w.group_scales, w.zeros))
+    # panel, (warp, h, r), block, (row, i, c, byte) -> panel, block, row, warp, r, c, i, h, byte
+    byte = (q * s1 + a).view(panels, 4, 2, 8, blocks, 4, 2, 4, 4)
+    body = byte.permute(0, 4, 5, 1, 3, 7, 6, 2, 8).flatten(1)
+    tail = _rows(w.channel_scales, panels).view(torch.uint8).flatten(1)
+    return torch.cat([body, tail], 1).flatten()

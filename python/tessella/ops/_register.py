@@ -17,7 +17,7 @@ from tessella import _native
 _library = torch.library.Library("tessella", "DEF")
 
 SCHEMAS: dict[str, str] = {}
-"""Every op this package declares: name -> schema, in order of declaration."""
+"""Every op this package declares for others: name -> schema, in order of declaration."""
 
 
 def define(schema: str, *, ref: Callable, fake: Callable) -> None:
@@ -25,10 +25,11 @@ def define(schema: str, *, ref: Callable, fake: Callable) -> None:
 
     `ref` serves every device that has no compiled kernel, with one warning per device; C++
     implementations of a device take precedence over it. `fake` gives result shapes for
-    torch.compile.
+    torch.compile. A name with a leading underscore is for this package's own measurements.
     """
     name = schema.split("(", 1)[0]
-    SCHEMAS[name] = schema
+    if not name.startswith("_"):
+        SCHEMAS[name] = schema
     tags = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
     _library.define(schema, tags=tags)
     _library.impl(name, _stand_in(name, ref), "CompositeExplicitAutograd")

@@ -246,6 +246,17 @@ def _fake_gemm(codes8, codes4, sums, scales, w, scheme, N, granularity, bias, dt
     return codes8.new_empty((codes8.shape[1], N), dtype=dtype)
 
 
+def _refuse_probe(codes8, codes4, sums, scales, w, N, wide):
+    raise RuntimeError(
+        "tessella::_w4ax_gemm_probe: w: expected a tensor on cuda and a build with CUDA, "
+        f"got one on {w.device.type}"
+    )
+
+
+def _fake_probe(codes8, codes4, sums, scales, w, N, wide):
+    return codes8.new_empty((codes8.shape[1], N), dtype=torch.bfloat16)
+
+
 define(
     "w4_pack(Tensor codes, Tensor? channel_scales, Tensor? group_scales, Tensor zeros,"
     " str scheme, int K) -> Tensor",
@@ -278,5 +289,13 @@ define(
     " int k8, str granularity, Tensor? perm) -> Tensor",
     ref=_ref_grouped,
     fake=_fake_grouped,
+)
+# What decoding costs on Hopper: two-level weights, packed or `wide` (layout.w4_widen_cuda), in
+# tiles of the same plan; bf16 results.
+define(
+    "_w4ax_gemm_probe(Tensor codes8, Tensor codes4, Tensor sums, Tensor scales, Tensor w, int N,"
+    " bool wide) -> Tensor",
+    ref=_refuse_probe,
+    fake=_fake_probe,
 )
 tuned.install()
