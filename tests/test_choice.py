@@ -137,6 +137,24 @@ def test_speed_of_the_kernel_claim_is_the_mean_over_its_batches():
     assert ours.text.startswith("**4.00x**") and "16: 2.00x, 256: 8.00x" in ours.text
 
 
+def test_cost_of_decoding():
+    """A bound from the roofline until the loop on widened weights is on record; negative shares."""
+    claim = next(c for c in CLAIMS if c.number == "20-90 %")
+    plain = gemm(10, 0, M=8192) | {"roofline_frac": 0.8, "extra": {}}
+    bound = claim.ours(Results(reader({papers.GEMM: [plain]})))
+    assert bound.status == papers.PREDICTED and "at most 20%" in bound.text
+    shares = [
+        gemm(10, 0, M=M) | {"roofline_frac": 0.8, "extra": {"dequant_share": x}}
+        for M, x in ((64, -0.18), (256, 0.034))
+    ]
+    ours = claim.ours(Results(reader({papers.GEMM: [plain, *shares]})))
+    assert ours.status == papers.MEASURED
+    assert ours.text.startswith("-18% to 3% of the kernel's time") and "below 0 %" in ours.text
+    assert "2 cases of M = 64 to 256" in ours.text
+    one = claim.ours(Results(reader({papers.GEMM: shares[1:]})))
+    assert "3% to 3%" in one.text and "below 0 %" not in one.text
+
+
 def test_synthetic_layers_through_the_command(tmp_path):
     found = answer_of(run("bench", "fmpq", "--quick", "--out", tmp_path, "--json"))
     of = {r["recipe"]: r for r in found["records"]}

@@ -46,6 +46,7 @@ class Subject:
         parts: timed beside it and reported apart, e.g. {"quant": ...}.
         predicted_us: what the planner's cost model says, given the ceilings.
         notes: more for the record's `extra`.
+        derive: what follows from `extra` once it has the parts' times, for `extra` too.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Subject:
     parts: Mapping[str, Call] = field(default_factory=dict)
     predicted_us: Callable[[Ceilings], float] | None = None
     notes: Mapping[str, Any] = field(default_factory=dict)
+    derive: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None
 
 
 @dataclass(frozen=True)
@@ -233,6 +235,8 @@ def _record(
     for part in s.parts:
         if (t := times.get(f"{s.name}/{part}")) is not None:
             extra[f"{part}_us"] = round(t.us, 3)
+    if s.derive is not None:
+        extra |= s.derive(extra)
     if s.predicted_us is not None:
         extra["predicted_us"] = round(s.predicted_us(limits), 3)
     extra["baseline_spread"] = {name: round(t.spread, 4) for name, t in rivals.items()}

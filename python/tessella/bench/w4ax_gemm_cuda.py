@@ -8,20 +8,25 @@ cuBLASLt int8 without scales (from 17 tokens up, as torch allows), cuBLAS fp8.
 Apart from the kernel each record has the time of quantising its activations, and of both in a row
 with programmatic launch, as a model runs them. How the linears of a block run behind each other is
 the family w4ax_chain.
+
+From 64 tokens up two-level records also say what decoding costs: the same kernel, in the same
+tiles, on the packed weights (`coded_us`) and on weights that are bytes already (`widened_us`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from tessella import _native, ops
+from tessella import _native, layout, ops
 from tessella.bench.suite import Case, Family, Prepared, Selection, Subject
 from tessella.bench.timing import Call, inner_calls
-from tessella.formats import W4Weight
-from tessella.testing.force import environment
+from tessella.formats import PackedW4, W4Weight
+from tessella.testing.force import environment, gpu_kernels
 
 LINEARS = {
     "llama3-8b": ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)),
@@ -34,10 +39,12 @@ M_VALUES = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 4096, 8192)
 QUICK_M = (16, 128)
 SCHEMES = ("twolevel", "channel", "g128")
 ROTATE_BYTES = 240 << 20
-
+PROBE_M = 64
+"""Tokens from which on decoding is measured: those that have a tile of their own."""
 
 _act_quant = torch.ops.tessella.act_quant.default
 _w4ax_gemm = torch.ops.tessella.w4ax_gemm.default
+_probe = torch.ops.tessella._w4ax_gemm_probe.default
 
 
 def cases(quick: bool) -> list[Case]:
@@ -123,6 +130,7 @@ class _Shape:
         self.N, self.K = N, K
         self.rivals = Rivals(N, K)
         self._packed: dict[str, list[Tensor]] = {}
+        self._widened: list[Tensor] = []
 
     def packed(self, scheme: str) -> list[Tensor]:
         """Packed weights, more than the caches hold."""
@@ -130,6 +138,15 @@ class _Shape:
             copies = max(2, -(-ROTATE_BYTES // (self.N * self.K // 2)))
             self._packed[scheme] = random_weights(scheme, self.N, self.K, copies)
         return self._packed[scheme]
+
+    def widened(self) -> list[Tensor]:
+        """The packed two-level weights as bytes: half as many copies."""
+        if not self._widened:
+            copies = max(2, -(-ROTATE_BYTES // (self.N * self.K)))
+            for blob in self.packed("twolevel")[:copies]:
+                weight = ops.w4_unpack(PackedW4(blob, "twolevel", self.N, self.K))
+                self._widened.append(layout.w4_widen_cuda(weight))
+        return self._widened
 
 
 _shape: _Shape | None = None
@@ -171,8 +188,33 @@ def _subject(shape: _Shape, x: Tensor, scheme: str) -> Subject:
         parts={
             "quant": lambda i: _act_quant(x, -1, "token", None),
             "with_quant": lambda i: gemm(_act_quant(x, -1, "token", None), i),
-        },
+        }
+        | (probes(blobs, shape.widened(), given, N) if probed(M, scheme) else {}),
+        derive=dequant_share,
     )
+
+
+def probed(M: int, scheme: str) -> bool:
+    """Whether a case says what decoding costs: on Hopper, unless a kernel is forced."""
+    known = M >= PROBE_M and scheme == "twolevel" and "TESSELLA_FORCE" not in os.environ
+    return known and any(".sm90." in k for k in gpu_kernels("w4ax_gemm"))
+
+
+def probes(
+    coded: list[Tensor], widened: list[Tensor], acts: tuple[Tensor, ...], N: int
+) -> dict[str, Call]:
+    """The kernel on packed and on widened weights, both in tiles of the same plan."""
+    return {
+        name: plainly(lambda i, w=w, wide=wide: _probe(*acts, w[i % len(w)], N, wide))
+        for name, w, wide in (("coded", coded, False), ("widened", widened, True))
+    }
+
+
+def dequant_share(extra: Mapping[str, Any]) -> dict[str, float]:
+    """What decoding takes of the kernel's time; below 0 where half the bytes save more."""
+    if not {"coded_us", "widened_us"} <= extra.keys():
+        return {}
+    return {"dequant_share": round(1 - extra["widened_us"] / extra["coded_us"], 4)}
 
 
 def family(device: str) -> Family:
