@@ -98,7 +98,7 @@ def test_silu_over_its_whole_range():
     assert not bool(everything.scales.isnan().any())
 
 
-@pytest.mark.parametrize("K", (2048, 4096, 14336))
+@pytest.mark.parametrize("K", (2048, 4096, 8192, 14336))
 def test_a_token_depends_on_itself_alone(K, rng):
     """Not on the batch, which decides the launch, nor on how the operands lie in memory."""
     M = 300
