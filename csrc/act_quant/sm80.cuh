@@ -432,7 +432,7 @@ struct Reread {
 };
 
 template <class T, Source kSource>
-__global__ __launch_bounds__(kMostThreads) void reread(const Params p, const Extent e) {
+__global__ __launch_bounds__(kMostThreads, 1) void reread(const Params p, const Extent e) {
   extern __shared__ float of_block[];
   Token t(p, e, 0, nullptr);
   fetch_parameters(p);
