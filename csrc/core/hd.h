@@ -16,6 +16,19 @@ namespace tessella {
 TSL_HD constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 TSL_HD constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
+// Division of n < 2^31 by a number known on the host: what divides by it on a GPU takes a multiplication.
+struct Divisor {
+  uint32_t factor = 0;
+  int shift = 0;
+
+  Divisor() = default;
+  explicit Divisor(uint32_t by) : shift(31) {
+    while (shift < 62 && uint64_t{1} << (shift - 31) < by) ++shift;
+    factor = uint32_t(((uint64_t{1} << shift) + by - 1) / by);
+  }
+  TSL_HD int divide(int n) const { return int(uint64_t{uint32_t(n)} * factor >> shift); }
+};
+
 // A compile-time value as an argument, from which a generic lambda can read it back.
 template <auto kValue>
 struct Const {

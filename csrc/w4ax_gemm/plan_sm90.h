@@ -42,8 +42,12 @@ struct Sm90Tile {
   constexpr int warpgroups() const { return tokens <= 32 ? 1 : 2; }
   constexpr int features() const { return 64 * warpgroups(); }
   constexpr int math_threads() const { return 128 * warpgroups(); }
-  // One block per SM then, which moves registers from its loaders to the math warps.
+  // One block per SM then.
   constexpr bool large() const { return tokens >= 64; }
+  // Math warps make good use of more registers than every thread can have: loaders leave theirs.
+  constexpr bool moves_registers() const { return tokens >= 128; }
+  constexpr int math_registers() const { return tokens == 256 ? 232 : 216; }
+  constexpr int loader_registers() const { return tokens == 256 ? 40 : 72; }
   constexpr int threads() const { return math_threads() + (large() ? 128 : 64); }
   constexpr int blocks_per_sm() const { return large() ? 1 : tokens == 32 ? 3 : 4; }
   // Blocks of 128 channels of one load: a copy instruction costs its thread about 100 cycles, so

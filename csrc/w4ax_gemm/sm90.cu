@@ -1,6 +1,7 @@
 // Launch of the Hopper bodies; compiled for sm_90a only.
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <atomic>
 #include <random>
 
@@ -69,6 +70,8 @@ static sm90::Args arguments(const Params& p, const Sm90Plan& plan, bool programm
   a.panels = int(p.panel.panels());
   a.token_tiles = int(ceil_div(p.M, plan.tokens));
   a.feature_tiles = int(ceil_div(p.panel.N, tile.features()));
+  a.per_group = Divisor(uint32_t(8 * a.feature_tiles));
+  a.last_rows = Divisor(uint32_t(std::max(1, a.token_tiles % 8)));
   a.tiles = plan.tiles;
   a.whole = plan.whole;
   a.stages = plan.stages;

@@ -47,31 +47,27 @@ struct Loader {
     ptx::barrier_arrive_expect(full, w.half ? T::kActBytes / 2 : T::kActBytes);
     ptx::copy_box(to, w.half ? half_map : map, 0, w.m0, b, full);
   }
-  // What can be fetched before the block is set up and the previous grid is done: weights for the
-  // whole ring. If it is done, all of the first stage, not to queue activations behind weights.
-  __device__ int start() const {
+  // The first stage, while the block is still being set up: its weights, and its activations
+  // unless the previous grid may still be writing them.
+  __device__ void start() const {
     const Work w = Items<T>(a, at).take();
-    if (!a.programmatic) {
-      weights(w, w.b0, 0);
-      acts(w, w.b0, 0);
-      return 1;
-    }
-    int stage = 0;
-#pragma unroll 1
-    for (int b = w.b0; stage < a.stages && b < w.b1; ++stage, b += T::kChunk) weights(w, b, stage);
-    return stage;
+    weights(w, w.b0, 0);
+    if (!a.programmatic) acts(w, w.b0, 0);
   }
-  // The rest; `early` stages are done, the activations' not if the previous grid may still run.
-  __device__ void run(int early) const {
-    ptx::wait_for_previous_grid();
-    if (a.programmatic && kActs) {
-      if (kWeights) {
-        const Work w = Items<T>(a, at).take();
+  // The rest: weights for the whole ring before the wait for the previous grid.
+  __device__ void run() const {
+    int early = 1;
+    if (a.programmatic) {
+      const Work w = Items<T>(a, at).take();
+      if (kWeights)
+#pragma unroll 1
+        for (int b = w.b0 + T::kChunk; early < a.stages && b < w.b1; b += T::kChunk)
+          weights(w, b, early++);
+      ptx::wait_for_previous_grid();
+      if (kWeights && kActs)
 #pragma unroll 1
         for (int i = 0; i < early; ++i) acts(w, w.b0 + i * T::kChunk, i);
-      } else {
-        early = 0;
-      }
+      if (!kWeights) early = 0;
     }
     Ring ring;
 #pragma unroll 1
@@ -92,34 +88,72 @@ struct Loader {
 
 // --- token sums and scales, by one warp
 
+// Lanes for tokens and, where these are fewer, for every kStep-th block: what counts is the loads
+// in flight, for the products do not wait long.
+template <class T>
+struct TokenLanes {
+  static constexpr int kEach = T::kTokens < 32 ? 1 : T::kTokens / 32;
+  static constexpr int kStep = T::kTokens < 32 ? 32 / T::kTokens : 1;
+  static constexpr int kAhead = T::kTokens < 256 ? 8 : 2;  // blocks, as registers allow
+
+  const Args& a;
+  int lane = threadIdx.x % 32, token = lane % T::kTokens;
+
+  __device__ explicit TokenLanes(const Args& args) : a(args) {}
+
+  // Sums of this lane's tokens; all of them exist if `kInside`.
+  template <bool kInside>
+  __device__ void add(const Work& w, int32_t (&sum)[kEach]) const {
+    const int tokens = int(a.M - w.m0) - token;
+    const int32_t* from = a.sums + w.m0 + token;
+#pragma unroll 1
+    for (int b = w.b0 + lane / T::kTokens; b < w.b1; b += kAhead * kStep) {
+      int32_t v[kAhead][kEach];
+#pragma unroll
+      for (int u = 0; u < kAhead; ++u)
+#pragma unroll
+        for (int i = 0; i < kEach; ++i)
+          v[u][i] = b + u * kStep < w.b1 && (kInside || 32 * i < tokens)
+                        ? from[(b + u * kStep) * a.M + 32 * i]
+                        : 0;
+#pragma unroll
+      for (int u = 0; u < kAhead; ++u)
+#pragma unroll
+        for (int i = 0; i < kEach; ++i) sum[i] += v[u][i];
+    }
+#pragma unroll
+    for (int step = 16; step >= T::kTokens; step /= 2)
+      sum[0] += __shfl_down_sync(0xffffffff, sum[0], step);
+  }
+};
+
 template <class T>
 __device__ void token_warp(const Args& a, const Place& at, const Shared<T>& s) {
-  constexpr int kEach = T::kTokens < 32 ? 1 : T::kTokens / 32;
-  const int lane = threadIdx.x % 32;
+  using Lanes = TokenLanes<T>;
+  const Lanes lanes(a);
   ptx::wait_for_previous_grid();
   ptx::allow_next_grid();
   uint32_t parity = 1;
 #pragma unroll 1
   for (Items<T> items(a, at); items.more(); parity ^= 1) {
     const Work w = items.take();
-    int32_t sum[kEach] = {};
-    float scale[kEach] = {};
-#pragma unroll
-    for (int i = 0; i < kEach; ++i)
-      if (const int64_t m = w.m0 + lane + 32 * i; m < a.M) scale[i] = a.scales[m];
+    int32_t sum[Lanes::kEach] = {};
     if (!T::kGroup) {
-#pragma unroll 4
-      for (int b = w.b0; b < w.b1; ++b)
-#pragma unroll
-        for (int i = 0; i < kEach; ++i)
-          if (const int64_t m = w.m0 + lane + 32 * i; m < a.M) sum[i] += a.sums[b * a.M + m];
+      if (w.m0 + T::kTokens <= a.M)
+        lanes.template add<true>(w, sum);
+      else
+        lanes.template add<false>(w, sum);
     }
+    float scale[Lanes::kEach] = {};
+#pragma unroll
+    for (int i = 0; i < Lanes::kEach; ++i)
+      if (const int64_t m = w.m0 + lanes.lane + 32 * i; m < a.M) scale[i] = a.scales[m];
     ptx::barrier_wait(s.token_empty, parity);
 #pragma unroll
-    for (int i = 0; i < kEach; ++i)
-      if (lane + 32 * i < T::kTokens) {
-        ptx::store_shared4(s.sums + (lane + 32 * i) * 4, uint32_t(sum[i]));
-        ptx::store_shared4(s.scales + (lane + 32 * i) * 4, __float_as_uint(scale[i]));
+    for (int i = 0; i < Lanes::kEach; ++i)
+      if (const int t = lanes.lane + 32 * i; t < T::kTokens) {
+        ptx::store_shared4(s.sums + t * 4, uint32_t(sum[i]));
+        ptx::store_shared4(s.scales + t * 4, __float_as_uint(scale[i]));
       }
     ptx::barrier_arrive(s.token_full);
   }
@@ -545,15 +579,15 @@ struct Math {
   }
 };
 
-// By one warp.
+// By one thread of each warp, which has some of the barriers: one takes 60 cycles.
 template <class T>
-__device__ void init_barriers(const Args& a, const Shared<T>& s) {
-  const int lane = threadIdx.x % 32;
-  if (lane < a.stages) {
-    ptx::barrier_init(s.full + lane * 8, 2);
-    ptx::barrier_init(s.empty + lane * 8, T::kMath);
+__device__ void init_barriers(const Args& a, const Shared<T>& s, int warp) {
+#pragma unroll 1
+  for (int i = warp; i < a.stages; i += T::kThreads / 32) {
+    ptx::barrier_init(s.full + i * 8, 2);
+    ptx::barrier_init(s.empty + i * 8, T::kMath);
   }
-  if (lane == 31) {
+  if (warp == T::kThreads / 32 - 1) {
     ptx::barrier_init(s.token_full, 32);
     ptx::barrier_init(s.token_empty, T::kMath);
     ptx::barrier_init(s.reduced, 1);
@@ -561,7 +595,6 @@ __device__ void init_barriers(const Args& a, const Shared<T>& s) {
       ptx::barrier_arrive_expect(s.reduced, (a.split - 1) * Shared<T>::part_bytes(a));
   }
   ptx::barrier_init_fence();
-  __syncwarp();
 }
 
 template <class T>
@@ -573,28 +606,28 @@ __global__ __launch_bounds__(T::kThreads,
   extern __shared__ __align__(1024) uint8_t shared_memory[];
   const Shared<T> s(ptx::shared_address(shared_memory), a);
   const Place at = Place::of<T>(a);
-  constexpr int kMathWarps = T::kMath / 32;
+  constexpr int kMathWarps = T::kMath / 32, kWarps = T::kThreads / 32;
   constexpr bool kLarge = T::kTile.large();
   const int warp = threadIdx.x / 32;
   const bool first_lane = threadIdx.x % 32 == 0;
-  int early = 1;
-  if (warp == kMathWarps) {
-    if (first_lane) ptx::prefetch_map(&map);
-    init_barriers(a, s);
-    if (first_lane) early = Loader<T, true, !kLarge>{a, at, s, &map, &half}.start();
+  if (first_lane) {
+    // the first loader's barriers come first in the order of `warp` from there on
+    init_barriers(a, s, (warp + kWarps - kMathWarps) % kWarps);
+    if (warp == kMathWarps) Loader<T, true, !kLarge>{a, at, s, &map, &half}.start();
+    if (warp == kMathWarps + 1) ptx::prefetch_map(&map);
   }
   __syncthreads();
   if (a.split > 1) ptx::cluster_arrive();  // started, barriers ready
   if (warp < kMathWarps) {
-    if constexpr (kLarge) ptx::more_registers<232>();
+    if constexpr (T::kTile.moves_registers()) ptx::more_registers<T::kTile.math_registers()>();
     Math<T>(a, at, s, &out).run();
   } else {
-    if constexpr (kLarge) ptx::fewer_registers<40>();
+    if constexpr (T::kTile.moves_registers()) ptx::fewer_registers<T::kTile.loader_registers()>();
     if (warp == kMathWarps && first_lane)
-      Loader<T, true, !kLarge>{a, at, s, &map, &half}.run(early);
+      Loader<T, true, !kLarge>{a, at, s, &map, &half}.run();
     if constexpr (kLarge)
       if (warp == kMathWarps + 2 && first_lane)
-        Loader<T, false, true>{a, at, s, &map, &half}.run(early);
+        Loader<T, false, true>{a, at, s, &map, &half}.run();
     if (warp == kMathWarps + 1) token_warp(a, at, s);
     if constexpr (T::kStream)
       if (warp == kMathWarps + 3 && Items<T>(a, at).take().b0 > 0)

@@ -22,6 +22,7 @@ struct Args {
   int64_t panel_bytes, M;
   int N, blocks, panels;
   int token_tiles, feature_tiles;
+  Divisor per_group, last_rows;  // tiles of 8 token tiles, and token tiles past the last 8
   int tiles, whole;  // tiles past the first `whole` have half of the tokens
   int stages, split;
   StreamK stream;  // the leading tiles that are dealt out by K
@@ -101,10 +102,10 @@ struct Work {
     const int unit = half ? a.whole + past / 2 : tile;
     int row = 0, column = unit;
     if (a.token_tiles > 1) {
-      const int per_group = 8 * a.feature_tiles, first = unit / per_group * 8;
-      const int rows = min(8, a.token_tiles - first), in = unit % per_group;
-      row = first + in % rows;
-      column = in / rows;
+      const int group = a.per_group.divide(unit), in = unit - group * 8 * a.feature_tiles;
+      const int rows = min(8, a.token_tiles - group * 8);
+      column = rows == 8 ? in / 8 : a.last_rows.divide(in);
+      row = group * 8 + in - column * rows;
     }
     const int m0 = row * T::kTokens + (half ? past % 2 * (T::kTokens / 2) : 0);
     return {m0,
