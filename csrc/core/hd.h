@@ -16,7 +16,8 @@ namespace tessella {
 TSL_HD constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 TSL_HD constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
-// Division of n < 2^31 by a number known on the host: what divides by it on a GPU takes a multiplication.
+// Division of n < 2^31 by a number known on the host: what divides by it on a GPU takes a
+// multiplication.
 struct Divisor {
   uint32_t factor = 0;
   int shift = 0;

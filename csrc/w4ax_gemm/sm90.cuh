@@ -21,6 +21,10 @@
 
 namespace tessella::w4ax_gemm::sm90 {
 
+// The number of this thread's warp. The compiler sees that the warp agrees about it, and keeps what
+// depends on it, and loops behind its branches, in uniform registers.
+__device__ inline int warp_index() { return __shfl_sync(0xffffffff, int(threadIdx.x / 32), 0); }
+
 // --- loaders
 
 // One thread: the weights' copies, the activations' or both. Each announces its bytes on its own.
@@ -136,8 +140,9 @@ __device__ void token_warp(const Args& a, const Place& at, const Shared<T>& s) {
   uint32_t parity = 1;
 #pragma unroll 1
   for (Items<T> items(a, at); items.more(); parity ^= 1) {
-    const Work w = items.take();
+    Work w = items.take();
     int32_t sum[Lanes::kEach] = {};
+    if (a.split > 1) w.b0 = 0, w.b1 = a.blocks;  // the parts' sums meet before zeros are folded
     if (!T::kGroup) {
       if (w.m0 + T::kTokens <= a.M)
         lanes.template add<true>(w, sum);
@@ -170,7 +175,7 @@ struct Math {
   const Place& at;
   const Shared<T>& s;
   const CUtensorMap* out;
-  int warpgroup = threadIdx.x / 128, thread = threadIdx.x % 128, warp = thread / 32;
+  int warpgroup = warp_index() / 4, thread = threadIdx.x % 128, warp = warp_index() % 4;
   int lane = threadIdx.x % 32, r = lane / 4, c = lane % 4;
   Ring ring;
   uint32_t token_parity = 0;
@@ -428,19 +433,27 @@ struct Math {
   __device__ void stage_parts(const Features& f, int owned, uint32_t staging) const {
     if (at.part << owned >= T::kColumns) return;
     ptx::barrier_wait(s.reduced, 0);
-#pragma unroll 2
-    for (int j = 0; j < 1 << owned; ++j) {
-      Total sum[4] = {};
-#pragma unroll 2
-      for (int part = 0; part < a.split; ++part) {
-        const uint4 v = ptx::load_shared16(slot(part, j, owned));
-        const uint32_t sent[4] = {v.x, v.y, v.z, v.w};
+    constexpr int kMost = T::kColumns > 1 ? T::kColumns / 2 : 1;
+    Total sum[kMost][4] = {};
+#pragma unroll 1
+    for (int part = 0; part < a.split; ++part) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) sum[i] += from_bits(sent[i]);
-      }
-      const int column = (at.part << owned) + j;
-      stage_column(f, tokens(column), staging + column % (T::kStaged / 8) * 1024, sum);
+      for (int j = 0; j < kMost; ++j)
+        if (j < 1 << owned) {
+          const uint4 v = ptx::load_shared16(slot(part, j, owned));
+          sum[j][0] += from_bits(v.x), sum[j][1] += from_bits(v.y);
+          sum[j][2] += from_bits(v.z), sum[j][3] += from_bits(v.w);
+        }
     }
+    const int first = at.part << owned;
+    Tokens of[kMost];
+#pragma unroll
+    for (int j = 0; j < kMost; ++j)
+      if (j < 1 << owned) of[j] = tokens(first + j);
+#pragma unroll
+    for (int j = 0; j < kMost; ++j)
+      if (j < 1 << owned)
+        stage_column(f, of[j], staging + (first + j) % (T::kStaged / 8) * 1024, sum[j]);
   }
   __device__ static uint32_t bits(int32_t x) { return uint32_t(x); }
   __device__ static uint32_t bits(float x) { return __float_as_uint(x); }
@@ -491,15 +504,20 @@ struct Math {
                           pack2(y[2], y[3], a.dtype));
   }
 
-  // `rows` staged rows to tokens from m0 on, as far as there are tokens and features.
-  __device__ void store(const Work& w, int64_t m0, int rows, uint32_t from) const {
-    const int n = (w.panel + warpgroup) * 64;
-    if (n >= a.N) return;
+  // Sends `rows` staged rows off to tokens from m0 on, as far as there are tokens and features. One
+  // warp waits for the others' rows and starts the copy, which takes it 200 cycles; the others go
+  // on.
+  __device__ void store(const Work& w, int64_t m0, int rows, uint32_t from, int sender) const {
+    const int n = (w.panel + warpgroup) * 64, barrier = 5 + warpgroup * 4 + sender;
+    ptx::fence_for_copies();
     if (a.vector) {
-      if (thread == 0) ptx::store_box(out, n, int(m0), from);
-      if (thread == 0) ptx::store_commit();
+      if (warp != sender) return ptx::named_barrier_arrive(barrier, 128);
+      ptx::named_barrier(barrier, 128);
+      if (lane == 0 && n < a.N) ptx::store_box(out, n, int(m0), from);
+      if (lane == 0) ptx::store_commit();
       return;
     }
+    ptx::named_barrier(1 + warpgroup, 128);
     const int feature = thread % 64;  // rows that are no multiple of 16 bytes
     if (n + feature >= a.N) return;
     for (int t = thread / 64; t < rows && m0 + t < a.M; t += 2)
@@ -507,17 +525,15 @@ struct Math {
           ptx::load_shared2(from + t * 128 + (feature / 8 ^ t % 8) * 16 + feature % 8 * 2));
   }
 
-  __device__ void finish_parts(const Work& w, Features& f, Total (&total)[T::kAcc]) const {
+  __device__ void finish_parts(const Work& w, const Features& f,
+                               const Total (&total)[T::kAcc]) const {
     const int owned = Shared<T>::owned_log2(a), rows = 8 << owned, first = at.part * rows;
     const uint32_t staging = s.staging + warpgroup * T::kBuffers * T::kStagingBytes;
-    fold_zeros(f, total);
     ptx::cluster_wait();
     send_parts(total, owned);
     stage_parts(f, owned, staging);
     ptx::cluster_arrive();
-    ptx::fence_for_copies();
-    ptx::named_barrier(1 + warpgroup, 128);
-    if (first < T::kTokens) store(w, w.m0 + first, rows, staging + first % T::kStaged * 128);
+    if (first < T::kTokens) store(w, w.m0 + first, rows, staging + first % T::kStaged * 128, 0);
   }
 
   // A tile of kTokens: a token tile or half of one.
@@ -542,12 +558,16 @@ struct Math {
       if (w.b1 < a.blocks) a.stream.template add_rest<T::kMath>(total, w.tile, at.cluster, 3);
     }
     constexpr int kColumnsEach = T::kStaged / 8;
+    ptx::store_wait_read<0>();
+    ptx::named_barrier(1 + warpgroup, 128);
 #pragma unroll
     for (int pass = 0; pass < kTokens / T::kStaged; ++pass) {
       const uint32_t staging =
           s.staging + (warpgroup * T::kBuffers + pass % T::kBuffers) * T::kStagingBytes;
-      ptx::store_wait_read<T::kBuffers - 1>();
-      ptx::named_barrier(1 + warpgroup, 128);
+      if (pass >= T::kBuffers) {
+        if (warp == pass - T::kBuffers) ptx::store_wait_read<0>();
+        ptx::named_barrier(1 + warpgroup, 128);
+      }
       Tokens of[kColumnsEach];  // all loads first: they would wait for one another's stores
 #pragma unroll
       for (int i = 0; i < kColumnsEach; ++i) of[i] = tokens(pass * kColumnsEach + i);
@@ -557,9 +577,7 @@ struct Math {
         const Total four[4] = {total[4 * j], total[4 * j + 1], total[4 * j + 2], total[4 * j + 3]};
         stage_column(f, of[i], staging + i * 1024, four);
       }
-      ptx::fence_for_copies();
-      ptx::named_barrier(1 + warpgroup, 128);
-      store(w, w.m0 + pass * T::kStaged, T::kStaged, staging);
+      store(w, w.m0 + pass * T::kStaged, T::kStaged, staging, pass);
     }
     ptx::barrier_arrive(s.token_empty);
   }
@@ -608,7 +626,7 @@ __global__ __launch_bounds__(T::kThreads,
   const Place at = Place::of<T>(a);
   constexpr int kMathWarps = T::kMath / 32, kWarps = T::kThreads / 32;
   constexpr bool kLarge = T::kTile.large();
-  const int warp = threadIdx.x / 32;
+  const int warp = warp_index();
   const bool first_lane = threadIdx.x % 32 == 0;
   if (first_lane) {
     // the first loader's barriers come first in the order of `warp` from there on
@@ -623,11 +641,9 @@ __global__ __launch_bounds__(T::kThreads,
     Math<T>(a, at, s, &out).run();
   } else {
     if constexpr (T::kTile.moves_registers()) ptx::fewer_registers<T::kTile.loader_registers()>();
-    if (warp == kMathWarps && first_lane)
-      Loader<T, true, !kLarge>{a, at, s, &map, &half}.run();
+    if (warp == kMathWarps && first_lane) Loader<T, true, !kLarge>{a, at, s, &map, &half}.run();
     if constexpr (kLarge)
-      if (warp == kMathWarps + 2 && first_lane)
-        Loader<T, false, true>{a, at, s, &map, &half}.run();
+      if (warp == kMathWarps + 2 && first_lane) Loader<T, false, true>{a, at, s, &map, &half}.run();
     if (warp == kMathWarps + 1) token_warp(a, at, s);
     if constexpr (T::kStream)
       if (warp == kMathWarps + 3 && Items<T>(a, at).take().b0 > 0)

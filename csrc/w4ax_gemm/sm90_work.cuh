@@ -23,7 +23,7 @@ struct Args {
   int N, blocks, panels;
   int token_tiles, feature_tiles;
   Divisor per_group, last_rows;  // tiles of 8 token tiles, and token tiles past the last 8
-  int tiles, whole;  // tiles past the first `whole` have half of the tokens
+  int tiles, whole;              // tiles past the first `whole` have half of the tokens
   int stages, split;
   StreamK stream;  // the leading tiles that are dealt out by K
   DType dtype;
