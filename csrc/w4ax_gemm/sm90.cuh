@@ -27,6 +27,9 @@ __device__ inline int warp_index() { return __shfl_sync(0xffffffff, int(threadId
 
 // --- loaders
 
+// At a stage's barrier: the weights, the activations.
+constexpr int kStageArrivals = 2;
+
 // One thread: the weights' copies, the activations' or both. Each announces its bytes on its own.
 template <class T, bool kWeights, bool kActs>
 struct Loader {
@@ -54,6 +57,8 @@ struct Loader {
   // The first stage, while the block is still being set up: its weights, and its activations
   // unless the previous grid may still be writing them.
   __device__ void start() const {
+    ptx::barrier_init(s.full, kStageArrivals);
+    ptx::barrier_init_fence();
     const Work w = Items<T>(a, at).take();
     weights(w, w.b0, 0);
     if (!a.programmatic) acts(w, w.b0, 0);
@@ -98,7 +103,7 @@ template <class T>
 struct TokenLanes {
   static constexpr int kEach = T::kTokens < 32 ? 1 : T::kTokens / 32;
   static constexpr int kStep = T::kTokens < 32 ? 32 / T::kTokens : 1;
-  static constexpr int kAhead = T::kTokens < 256 ? 8 : 2;  // blocks, as registers allow
+  static constexpr int kAhead = kEach <= 2 ? 16 : kEach == 4 ? 8 : 2;  // as registers allow
 
   const Args& a;
   int lane = threadIdx.x % 32, token = lane % T::kTokens;
@@ -140,9 +145,8 @@ __device__ void token_warp(const Args& a, const Place& at, const Shared<T>& s) {
   uint32_t parity = 1;
 #pragma unroll 1
   for (Items<T> items(a, at); items.more(); parity ^= 1) {
-    Work w = items.take();
+    const Work w = items.take();
     int32_t sum[Lanes::kEach] = {};
-    if (a.split > 1) w.b0 = 0, w.b1 = a.blocks;  // the parts' sums meet before zeros are folded
     if (!T::kGroup) {
       if (w.m0 + T::kTokens <= a.M)
         lanes.template add<true>(w, sum);
@@ -504,36 +508,48 @@ struct Math {
                           pack2(y[2], y[3], a.dtype));
   }
 
-  // Sends `rows` staged rows off to tokens from m0 on, as far as there are tokens and features. One
-  // warp waits for the others' rows and starts the copy, which takes it 200 cycles; the others go
-  // on.
-  __device__ void store(const Work& w, int64_t m0, int rows, uint32_t from, int sender) const {
-    const int n = (w.panel + warpgroup) * 64, barrier = 5 + warpgroup * 4 + sender;
-    ptx::fence_for_copies();
+  // `rows` staged rows to tokens from m0 on, as far as there are tokens and features. Unlike
+  // copies, these stores need not be waited for at the end.
+  __device__ void store(const Work& w, int64_t m0, int rows, uint32_t from) const {
+    const int n = (w.panel + warpgroup) * 64;
+    ptx::named_barrier(1 + warpgroup, 128);
+    auto* out16 = static_cast<uint16_t*>(a.out);
     if (a.vector) {
-      if (warp != sender) return ptx::named_barrier_arrive(barrier, 128);
-      ptx::named_barrier(barrier, 128);
-      if (lane == 0 && n < a.N) ptx::store_box(out, n, int(m0), from);
-      if (lane == 0) ptx::store_commit();
+      const int piece = thread % 8;
+      if (n + piece * 8 >= a.N) return;
+#pragma unroll 4
+      for (int t = thread / 8; t < rows && m0 + t < a.M; t += 16)
+        *reinterpret_cast<uint4*>(out16 + (m0 + t) * a.N + n + piece * 8) =
+            ptx::load_shared16(from + t * 128 + (piece ^ t % 8) * 16);
       return;
     }
-    ptx::named_barrier(1 + warpgroup, 128);
     const int feature = thread % 64;  // rows that are no multiple of 16 bytes
     if (n + feature >= a.N) return;
     for (int t = thread / 64; t < rows && m0 + t < a.M; t += 2)
-      static_cast<uint16_t*>(a.out)[(m0 + t) * a.N + n + feature] = uint16_t(
+      out16[(m0 + t) * a.N + n + feature] = uint16_t(
           ptx::load_shared2(from + t * 128 + (feature / 8 ^ t % 8) * 16 + feature % 8 * 2));
   }
+  // The same for one of several lots, by a copy that goes on behind the next ones: a warp waits for
+  // the others' rows and starts it, which takes that warp 200 cycles.
+  __device__ void send(const Work& w, int64_t m0, int rows, uint32_t from, int sender) const {
+    const int n = (w.panel + warpgroup) * 64, barrier = 5 + warpgroup * 4 + sender;
+    if (!a.vector) return store(w, m0, rows, from);
+    ptx::fence_for_copies();
+    if (warp != sender) return ptx::named_barrier_arrive(barrier, 128);
+    ptx::named_barrier(barrier, 128);
+    if (lane == 0 && n < a.N) ptx::store_box(out, n, int(m0), from);
+    if (lane == 0) ptx::store_commit();
+  }
 
-  __device__ void finish_parts(const Work& w, const Features& f,
-                               const Total (&total)[T::kAcc]) const {
+  __device__ void finish_parts(const Work& w, Features& f, Total (&total)[T::kAcc]) const {
     const int owned = Shared<T>::owned_log2(a), rows = 8 << owned, first = at.part * rows;
     const uint32_t staging = s.staging + warpgroup * T::kBuffers * T::kStagingBytes;
+    fold_zeros(f, total);
     ptx::cluster_wait();
     send_parts(total, owned);
     stage_parts(f, owned, staging);
     ptx::cluster_arrive();
-    if (first < T::kTokens) store(w, w.m0 + first, rows, staging + first % T::kStaged * 128, 0);
+    if (first < T::kTokens) store(w, w.m0 + first, rows, staging + first % T::kStaged * 128);
   }
 
   // A tile of kTokens: a token tile or half of one.
@@ -577,7 +593,11 @@ struct Math {
         const Total four[4] = {total[4 * j], total[4 * j + 1], total[4 * j + 2], total[4 * j + 3]};
         stage_column(f, of[i], staging + i * 1024, four);
       }
-      store(w, w.m0 + pass * T::kStaged, T::kStaged, staging, pass);
+      const int64_t m0 = w.m0 + pass * T::kStaged;
+      if constexpr (T::kTokens > T::kStaged)
+        send(w, m0, T::kStaged, staging, pass);
+      else
+        store(w, m0, T::kStaged, staging);
     }
     ptx::barrier_arrive(s.token_empty);
   }
@@ -600,12 +620,13 @@ struct Math {
 // By one thread of each warp, which has some of the barriers: one takes 60 cycles.
 template <class T>
 __device__ void init_barriers(const Args& a, const Shared<T>& s, int warp) {
+  constexpr int kWarps = T::kThreads / 32;
 #pragma unroll 1
-  for (int i = warp; i < a.stages; i += T::kThreads / 32) {
-    ptx::barrier_init(s.full + i * 8, 2);
+  for (int i = warp; i < a.stages; i += kWarps) {
+    if (i > 0) ptx::barrier_init(s.full + i * 8, kStageArrivals);
     ptx::barrier_init(s.empty + i * 8, T::kMath);
   }
-  if (warp == T::kThreads / 32 - 1) {
+  if (warp == kWarps - 1) {
     ptx::barrier_init(s.token_full, 32);
     ptx::barrier_init(s.token_empty, T::kMath);
     ptx::barrier_init(s.reduced, 1);
@@ -629,10 +650,9 @@ __global__ __launch_bounds__(T::kThreads,
   const int warp = warp_index();
   const bool first_lane = threadIdx.x % 32 == 0;
   if (first_lane) {
-    // the first loader's barriers come first in the order of `warp` from there on
-    init_barriers(a, s, (warp + kWarps - kMathWarps) % kWarps);
-    if (warp == kMathWarps) Loader<T, true, !kLarge>{a, at, s, &map, &half}.start();
     if (warp == kMathWarps + 1) ptx::prefetch_map(&map);
+    if (warp == kMathWarps) Loader<T, true, !kLarge>{a, at, s, &map, &half}.start();
+    init_barriers(a, s, (warp + kWarps - kMathWarps) % kWarps);
   }
   __syncthreads();
   if (a.split > 1) ptx::cluster_arrive();  // started, barriers ready
