@@ -17,7 +17,7 @@
 #include "cuda/float.cuh"
 #include "cuda/w4_decode.cuh"
 #include "cuda/wgmma.cuh"
-#include "w4ax_gemm/sm90_work.cuh"
+#include "w4ax_gemm/sm90_parts.cuh"
 
 namespace tessella::w4ax_gemm::sm90 {
 
@@ -400,72 +400,6 @@ struct Math {
     return f;
   }
 
-  // Where this thread's sums for column `j` of its owner's come from `part`.
-  __device__ uint32_t slot(int part, int j, int owned) const {  // log2
-    return s.reduce + (((part << owned) + j) * T::kMath + threadIdx.x) * 16;
-  }
-
-  // Gives every owner of columns this part's sums for them. Pushes from registers take longer than
-  // one copy from about 16 KB on, so large tiles gather the sums in the ring, which is done with.
-  __device__ void send_parts(const Total (&total)[T::kAcc], int owned) const {
-    constexpr bool kLarge = T::kTile.large();
-    if (kLarge) ptx::named_barrier(3, T::kMath);
-#pragma unroll
-    for (int j = 0; j < T::kColumns; ++j) {
-      const int owner = j >> owned, in = j - (owner << owned);
-      const uint32_t sums[4] = {bits(total[4 * j]), bits(total[4 * j + 1]), bits(total[4 * j + 2]),
-                                bits(total[4 * j + 3])};
-      if (owner == at.part)
-        ptx::store_shared16(slot(at.part, in, owned), sums);
-      else if (kLarge)
-        ptx::store_shared16(s.acts + (j * T::kMath + threadIdx.x) * 16, sums);
-      else
-        ptx::peer_push(ptx::peer_address(slot(at.part, in, owned), owner), sums,
-                       ptx::peer_address(s.reduced, owner));
-    }
-    if (!kLarge) return;
-    ptx::fence_for_copies();
-    ptx::named_barrier(3, T::kMath);
-    const int owner = threadIdx.x / 32, bytes = Shared<T>::part_bytes(a);
-    if (lane == 0 && owner != at.part && owner < a.split && owner << owned < T::kColumns)
-      ptx::peer_copy(ptx::peer_address(s.reduce + at.part * bytes, owner), s.acts + owner * bytes,
-                     bytes, ptx::peer_address(s.reduced, owner));
-  }
-
-  // The parts of K together, in order of the parts: an owner stages its columns' results. Peers'
-  // shared memory is live: all blocks meet before they use it and again before they leave.
-  __device__ void stage_parts(const Features& f, int owned, uint32_t staging) const {
-    if (at.part << owned >= T::kColumns) return;
-    ptx::barrier_wait(s.reduced, 0);
-    constexpr int kMost = T::kColumns > 1 ? T::kColumns / 2 : 1;
-    Total sum[kMost][4] = {};
-#pragma unroll 1
-    for (int part = 0; part < a.split; ++part) {
-#pragma unroll
-      for (int j = 0; j < kMost; ++j)
-        if (j < 1 << owned) {
-          const uint4 v = ptx::load_shared16(slot(part, j, owned));
-          sum[j][0] += from_bits(v.x), sum[j][1] += from_bits(v.y);
-          sum[j][2] += from_bits(v.z), sum[j][3] += from_bits(v.w);
-        }
-    }
-    const int first = at.part << owned;
-    Tokens of[kMost];
-#pragma unroll
-    for (int j = 0; j < kMost; ++j)
-      if (j < 1 << owned) of[j] = tokens(first + j);
-#pragma unroll
-    for (int j = 0; j < kMost; ++j)
-      if (j < 1 << owned)
-        stage_column(f, of[j], staging + (first + j) % (T::kStaged / 8) * 1024, sum[j]);
-  }
-  __device__ static uint32_t bits(int32_t x) { return uint32_t(x); }
-  __device__ static uint32_t bits(float x) { return __float_as_uint(x); }
-  __device__ static Total from_bits(uint32_t x) {
-    if constexpr (T::kGroup) return __uint_as_float(x);
-    return Total(x);
-  }
-
   // Takes the zero points out of this part's sums.
   __device__ void fold_zeros(Features& f, Total (&total)[T::kAcc]) const {
     if constexpr (!T::kGroup) {
@@ -541,15 +475,26 @@ struct Math {
     if (lane == 0) ptx::store_commit();
   }
 
+  template <int kSplit>
   __device__ void finish_parts(const Work& w, Features& f, Total (&total)[T::kAcc]) const {
-    const int owned = Shared<T>::owned_log2(a), rows = 8 << owned, first = at.part * rows;
-    const uint32_t staging = s.staging + warpgroup * T::kBuffers * T::kStagingBytes;
+    using P = Parts<T, Total, kSplit>;
+    constexpr int kRows = 8 * P::kOwned;
+    P parts{s, at.part};
+    const int first = at.part * kRows;
+    const uint32_t staging =
+        s.staging + warpgroup * T::kBuffers * T::kStagingBytes + first % T::kStaged * 128;
     fold_zeros(f, total);
     ptx::cluster_wait();
-    send_parts(total, owned);
-    stage_parts(f, owned, staging);
+    parts.give(total);
+    if (parts.owns()) {
+      Total sum[P::kOwned][4];
+      parts.take(sum);
+#pragma unroll
+      for (int j = 0; j < P::kOwned; ++j)
+        stage_column(f, tokens(at.part * P::kOwned + j), staging + j * 1024, sum[j]);
+    }
     ptx::cluster_arrive();
-    if (first < T::kTokens) store(w, w.m0 + first, rows, staging + first % T::kStaged * 128);
+    if (parts.owns()) store(w, w.m0 + first, kRows, staging);
   }
 
   // A tile of kTokens: a token tile or half of one.
@@ -563,7 +508,11 @@ struct Math {
     ptx::barrier_wait(s.token_full, token_parity);
     token_parity ^= 1;
     if constexpr (T::kTile.most_split() > 1 && kTokens == T::kTokens)
-      if (a.split > 1) return finish_parts(w, f, total);
+      if (a.split > 1) {
+        if (a.split == 2) return finish_parts<2>(w, f, total);
+        if (a.split == 4) return finish_parts<4>(w, f, total);
+        return finish_parts<8>(w, f, total);
+      }
     if constexpr (T::kStream) {
       if (w.b1 - w.b0 < a.blocks) fold_zeros(f, total);
       if (w.b0 > 0) {
