@@ -74,7 +74,7 @@ struct Sm90Tile {
     return split > 1 && large() ? int(ceil_div(tokens * features() * 4, act_bytes())) : 2;
   }
   constexpr int staged_tokens() const { return tokens < 64 ? tokens : 64; }
-  constexpr int staging_buffers() const { return tokens == 256 ? 3 : tokens == 128 ? 2 : 1; }
+  constexpr int staging_buffers() const { return tokens == 256 && !wide ? 3 : tokens > 64 ? 2 : 1; }
   constexpr int staging_bytes() const {
     return warpgroups() * staging_buffers() * staged_tokens() * 128;
   }
