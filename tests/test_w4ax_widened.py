@@ -220,10 +220,10 @@ def test_bad_input(rng, hopper):
     for kernel in ("w4ax_gemm.sm90.t32", "w4ax_gemm.sm90.s64", "w4ax_gemm.sm80.plain"):
         with force(kernel), pytest.raises(RuntimeError, match=f"'{kernel}' has no body for"):
             probe(*acts, widened, 64, True)
-    mixed = ops.act_quant(torch.randn(4, 256).bfloat16().cuda(), 128, "class")
+    mixed = ops.act_quant(torch.randn(4, 256).bfloat16().cuda(), k8=128, granularity="class")
     with pytest.raises(RuntimeError):
         probe(mixed.codes8, mixed.codes4, mixed.sums, mixed.scales, widened, 64, True)
-    int4 = ops.act_quant(torch.randn(4, 256).bfloat16().cuda(), 0)
+    int4 = ops.act_quant(torch.randn(4, 256).bfloat16().cuda(), k8=0)
     with pytest.raises(RuntimeError, match="activations that are all INT8"):
         probe(int4.codes8, int4.codes4, int4.sums, int4.scales, widened, 64, True)
 
