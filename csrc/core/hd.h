@@ -23,12 +23,16 @@ struct Divisor {
   int shift = 0;
 
   Divisor() = default;
-  explicit Divisor(uint32_t by) : shift(31) {
+  constexpr explicit Divisor(uint32_t by) : shift(31) {
     while (shift < 62 && uint64_t{1} << (shift - 31) < by) ++shift;
     factor = uint32_t(((uint64_t{1} << shift) + by - 1) / by);
   }
-  TSL_HD int divide(int n) const { return int(uint64_t{uint32_t(n)} * factor >> shift); }
+  TSL_HD constexpr int divide(int n) const { return int(uint64_t{uint32_t(n)} * factor >> shift); }
 };
+
+static_assert(Divisor(1).divide(0x7fffffff) == 0x7fffffff && Divisor(3).divide(2) == 0);
+static_assert(Divisor(3).divide(0x7fffffff) == 0x7fffffff / 3 && Divisor(7).divide(48) == 6);
+static_assert(Divisor(0x7fffffff).divide(0x7ffffffe) == 0 && Divisor(641).divide(1281) == 1);
 
 // A compile-time value as an argument, from which a generic lambda can read it back.
 template <auto kValue>

@@ -68,20 +68,18 @@ struct Sm90Tile {
   }
   // Sums of a tile in a thread block's registers.
   constexpr int part_bytes() const { return tokens * features() * 4; }
-  // Results pass through buffers of up to 64 tokens x 64 features of 2 bytes.
   // A split needs room for the whole tile's sums where the activations were.
   constexpr int least_stages(int split) const {
     return split > 1 && large() ? int(ceil_div(tokens * features() * 4, act_bytes())) : 2;
   }
+  // Results pass through buffers of up to 64 tokens x 64 features of 2 bytes.
   constexpr int staged_tokens() const { return tokens < 64 ? tokens : 64; }
   constexpr int staging_buffers() const { return tokens == 256 && !wide ? 3 : tokens > 64 ? 2 : 1; }
   constexpr int staging_bytes() const {
     return warpgroups() * staging_buffers() * staged_tokens() * 128;
   }
-  // Tokens of one copy of results: all staged ones, or what an owner has.
-  constexpr int box_tokens(int split) const {
-    return split == 1 ? staged_tokens() : tokens / owners(split);
-  }
+  // Whether results leave as copies of staged tokens, behind which the next lot is staged.
+  constexpr bool sends(int split) const { return split == 1 && tokens > staged_tokens(); }
   constexpr int fixed_bytes(int split) const {
     return reduce_bytes(split) + staging_bytes() + tokens * 8 + 24;
   }

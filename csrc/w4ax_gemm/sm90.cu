@@ -100,8 +100,8 @@ int run_sm90(const Params& p, const Sm90Plan& plan, bool programmatic, void* scr
   int error = cuda::tensor_map(&acts, p.x8, 1, sizes, {128, plan.tokens, tile.chunk()});
   if (error == 0 && plan.whole < plan.tiles)
     error = cuda::tensor_map(&half, p.x8, 1, sizes, {128, plan.tokens / 2, 1});
-  if (error == 0 && args.vector)
-    error = cuda::tensor_map(&out, p.out, 2, {p.panel.N, p.M}, {64, tile.box_tokens(plan.split)});
+  if (error == 0 && args.vector && tile.sends(plan.split))
+    error = cuda::tensor_map(&out, p.out, 2, {p.panel.N, p.M}, {64, tile.staged_tokens()});
   if (error != 0) return error;
   const cudaError_t attribute =
       cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),

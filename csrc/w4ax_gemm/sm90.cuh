@@ -543,7 +543,7 @@ struct Math {
         stage_column(f, of[i], staging + i * 1024, four);
       }
       const int64_t m0 = w.m0 + pass * T::kStaged;
-      if constexpr (T::kTokens > T::kStaged)
+      if constexpr (T::kTile.sends(1))
         send(w, m0, T::kStaged, staging, pass);
       else
         store(w, m0, T::kStaged, staging);
