@@ -81,10 +81,10 @@ inline std::vector<Family> families() {
 #define X(isa) "w4ax_gemm." #isa ".wide",
                    TSL_W4AX_GEMM_WIDE(X)
 #undef X
-#define X(tokens) "w4ax_gemm.sm90.t" #tokens,
+#define X(name, tokens, features) "w4ax_gemm.sm90.t" #name,
                        TSL_W4AX_GEMM_SM90(X)
 #undef X
-#define X(tokens) "w4ax_gemm.sm90.s" #tokens,
+#define X(name, tokens, features) "w4ax_gemm.sm90.s" #name,
                            TSL_W4AX_GEMM_SM90_S(X)
 #undef X
 #define X(tile) "w4ax_gemm.sm80." #tile,

@@ -72,20 +72,22 @@ static py::dict plan_w4ax_gemm(int64_t M, int64_t N, int64_t K, int threads,
 }
 
 static py::dict plan_w4ax_gemm_sm90(int64_t M, int64_t N, int64_t K, const std::string& scheme,
-                                    int sms, int tokens, bool stream, bool probe, bool wide) {
+                                    int sms, const std::string& tile, bool stream, bool probe,
+                                    bool wide) {
   const Scheme s = scheme == "channel" ? Scheme::kChannel
                    : scheme == "g128"  ? Scheme::kGroup
                                        : Scheme::kTwoLevel;
   const w4ax_gemm::GpuProblem problem{M, N, round_up(K, 128), s, sms, wide};
-  const w4ax_gemm::Sm90Plan plan =
-      probe    ? w4ax_gemm::plan_sm90_probe(problem, tokens)
-      : stream ? w4ax_gemm::plan_sm90_with(problem, {tokens, 1, false, true})
-               : w4ax_gemm::plan_sm90(problem, tokens);
+  const w4ax_gemm::Sm90Size size = w4ax_gemm::sm90_size(tile);
+  if (!tile.empty() && size.tokens == 0) throw py::value_error("tile: unknown name '" + tile + "'");
+  const w4ax_gemm::Sm90Plan plan = probe ? w4ax_gemm::plan_sm90_probe(problem, size)
+                                   : stream
+                                       ? w4ax_gemm::plan_sm90_with(problem, {size, 1, false, true})
+                                       : w4ax_gemm::plan_sm90(problem, size);
   py::dict d;
-  d["kernel"] =
-      std::string("w4ax_gemm.sm90.") + (plan.stream > 0 ? "s" : "t") + std::to_string(plan.tokens);
-  d["tokens"] = plan.tokens;
-  d["features"] = w4ax_gemm::Sm90Tile{plan.tokens, s}.features();
+  d["kernel"] = "w4ax_gemm.sm90." + w4ax_gemm::kernel_name(plan);
+  d["tokens"] = plan.size.tokens;
+  d["features"] = plan.size.features;
   d["stages"] = plan.stages;
   d["stream"] = plan.stream;
   d["split"] = plan.split;
@@ -201,9 +203,10 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("plan_w4ax_gemm", &plan_w4ax_gemm, py::arg("M"), py::arg("N"), py::arg("K"),
         py::arg("threads") = 1, py::arg("isa") = "", "The plan for one problem on CPU.");
   m.def("plan_w4ax_gemm_sm90", &plan_w4ax_gemm_sm90, py::arg("M"), py::arg("N"), py::arg("K"),
-        py::arg("scheme") = "twolevel", py::arg("sms") = 132, py::arg("tokens") = 0,
+        py::arg("scheme") = "twolevel", py::arg("sms") = 132, py::arg("tile") = "",
         py::arg("stream") = false, py::arg("probe") = false, py::arg("wide") = false,
-        "The plan for one problem on Hopper; with `tokens`, of that token tile; with `stream` too, "
+        "The plan for one problem on Hopper; with `tile` (128, 128x192), of that one; with "
+        "`stream` too, "
         "the one that deals out K in equal shares; with `probe`, the one that measures decoding, "
         "for two-level weights or, with `wide`, widened ones.");
   m.def(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tessella import layout, ops
+from tessella import layout, ops, tuned
 from tessella.formats import SCHEMES, ActBlocks, W4Weight, padded_k
 from tessella.ref import act_quant as ref_act
 from tessella.ref.w4ax_gemm import act_codes, w4_dequant, w4ax_gemm
@@ -39,7 +39,7 @@ def quantised(M, K, rng, share=1.0, granularity="token"):
 
 def takes(kernel, scheme) -> bool:
     """Whether a Hopper kernel has a body for this scheme."""
-    return scheme in FAST and not (kernel.endswith("256") and scheme == "g128")
+    return scheme in FAST and not (kernel.endswith(("256", "x192")) and scheme == "g128")
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -59,7 +59,7 @@ def test_packing(scheme, rng):
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
 def test_parity(kernel, scheme, dtype, rng):
     if ".sm90." in kernel and not takes(kernel, scheme):
-        pytest.skip("no body for g128 with 256 tokens: its totals would not fit the registers")
+        pytest.skip("no body for g128: its totals would not fit the registers")
     for M, (N, K) in zip((3, 17, 1, 7, 300), SHAPES, strict=True):
         a, w = quantised(M, K, rng), random_weight(scheme, N, K, rng)
         bias = torch.randn(N, generator=rng).to(dtype)
@@ -104,7 +104,7 @@ def test_integers_are_exact(kernel, scheme, rng):
                 assert torch.equal(got.cpu(), exact), f"M{M} N{N} K{K}"
 
 
-@pytest.mark.parametrize("kernel", [k for k in HOPPER if k.endswith(("128", "256"))])
+@pytest.mark.parametrize("kernel", [k for k in HOPPER if k.endswith(("128", "256", "128x192"))])
 @pytest.mark.parametrize("scheme", FAST)
 def test_last_wave(kernel, scheme, rng):
     """More tiles than SMs: whole ones, then, where the planner says so, halves of them."""
@@ -118,6 +118,39 @@ def test_last_wave(kernel, scheme, rng):
         with force(kernel):
             got = ops.w4ax_gemm(to_gpu(a), ops.w4_pack(to_gpu(w)))
         assert torch.equal(got.cpu(), exact), f"M{M} N{N} K{K}"
+
+
+@pytest.fixture
+def tables():
+    """The kernels' tables of choices are back afterwards."""
+    yield
+    tuned.install()
+
+
+@pytest.mark.parametrize("kernel", [k for k in HOPPER if ".t" in k and not k.endswith("t256")])
+@pytest.mark.parametrize("scheme", FAST)
+def test_parts_of_k(kernel, scheme, rng, tables):
+    """Every number of parts that K may have, some longer; owners of fewer columns than others."""
+    if not takes(kernel, scheme):
+        pytest.skip("no such body")
+    device, parts = torch.cuda.get_device_name(), {1, 2, 4, 8}
+    if kernel.endswith(("64", "128", "x192")):
+        parts |= {3, 6}
+    if kernel.endswith("128x192"):
+        parts -= {6}  # no room for the sums of six
+    for M, N, K in ((1, 65, 1100), (63, 200, 1664), (129, 328, 1152), (200, 64, 2304)):
+        a = quantised(M, K, rng)
+        a = ActBlocks(a.codes8, a.codes4, a.sums, torch.ones_like(a.scales), "token")
+        w = random_weight(scheme, N, K, rng, unit_scales=True)
+        exact = (act_codes(a).double() @ w4_dequant(w).T).to(torch.bfloat16)
+        on_gpu, packed = to_gpu(a), ops.w4_pack(to_gpu(w))
+        case = (device, "w4ax_gemm", scheme, N, padded_k(K), max(8, 1 << (M - 1).bit_length()))
+        for split in sorted(parts):
+            tuned.use("\t".join(map(str, ("a test", *case, kernel, split))))
+            for launch in ("0", "1"):
+                with environment(PDL=launch):
+                    got = ops.w4ax_gemm(on_gpu, packed)
+                assert torch.equal(got.cpu(), exact), f"M{M} N{N} K{K} split {split}"
 
 
 @pytest.mark.parametrize("kernel", [k for k in HOPPER if ".s" in k.removeprefix("w4ax_gemm.sm90")])

@@ -87,13 +87,14 @@ def test_fake():
 def test_both_weights_get_the_same_tiles(M, N, K, tokens):
     """The cut is the choice for packed weights; widened ones fit, in shallower rings."""
     plan = _native._C.plan_w4ax_gemm_sm90
-    coded, wide = (plan(M, N, K, tokens=tokens, probe=True, wide=w) for w in (False, True))
+    tile = str(tokens or "")
+    coded, wide = (plan(M, N, K, tile=tile, probe=True, wide=w) for w in (False, True))
     assert wide["tokens"] in TILES and tokens in (0, wide["tokens"]) and wide["stream"] == 0
     for key in ("tokens", "features", "split", "whole", "tiles", "grid"):
         assert wide[key] == coded[key], key
     assert 2 <= wide["stages"] <= coded["stages"] and wide["smem"] <= 227 * 1024
     chosen = plan(M, N, K)
-    if tokens == 0 and chosen["stream"] == 0 and chosen["tokens"] >= 64:
+    if not tile and chosen["kernel"].endswith(("t64", "t128", "t256")):
         assert coded == chosen
 
 
@@ -102,9 +103,9 @@ def test_widened_rings_hold_four_stages_or_more():
     """256 tokens: 32 KB of codes and 16 KB of weights a stage."""
     plan = _native._C.plan_w4ax_gemm_sm90
     for tokens, stages, of_coded in ((64, 4, 6), (128, 6, 7), (256, 4, 4)):
-        p = plan(4096, 4096, 8192, tokens=tokens, probe=True, wide=True)
+        p = plan(4096, 4096, 8192, tile=str(tokens), probe=True, wide=True)
         assert p["stages"] == stages and "weights widened" in p["text"]
-        assert plan(4096, 4096, 8192, tokens=tokens, probe=True)["stages"] == of_coded
+        assert plan(4096, 4096, 8192, tile=str(tokens), probe=True)["stages"] == of_coded
 
 
 def test_share_of_decoding():
@@ -217,7 +218,9 @@ def test_bad_input(rng, hopper):
         probe(*acts, ops.w4_pack(w).blob, 64, True)
     with pytest.raises(RuntimeError, match=r"w: expected .* got .*16640"):
         probe(*acts, widened, 64, False)
-    for kernel in ("w4ax_gemm.sm90.t32", "w4ax_gemm.sm90.s64", "w4ax_gemm.sm80.plain"):
+    for kernel in tuple(
+        f"w4ax_gemm.{k}" for k in ("sm90.t32", "sm90.t64x192", "sm90.s64", "sm80.plain")
+    ):
         with force(kernel), pytest.raises(RuntimeError, match=f"'{kernel}' has no body for"):
             probe(*acts, widened, 64, True)
     mixed = ops.act_quant(torch.randn(4, 256).bfloat16().cuda(), k8=128, granularity="class")

@@ -20,19 +20,13 @@ using layout::W4Frag;
 
 // A named Hopper body; 0 tokens for none.
 struct Named {
-  int tokens;
+  Sm90Size size;
   bool stream;
 };
 static Named hopper_body(const std::string& name) {
-#define X(kTokens) \
-  if (name == "w4ax_gemm.sm90.t" #kTokens) return {kTokens, false};
-  TSL_W4AX_GEMM_SM90(X)
-#undef X
-#define X(kTokens) \
-  if (name == "w4ax_gemm.sm90.s" #kTokens) return {kTokens, true};
-  TSL_W4AX_GEMM_SM90_S(X)
-#undef X
-  return {0, false};
+  const std::string family = "w4ax_gemm.sm90.";
+  if (name.compare(0, family.size(), family) != 0) return {};
+  return {sm90_size(name.substr(family.size() + 1)), name[family.size()] == 's'};
 }
 
 // Whole INT8 tokens, and weight groups no smaller than the 128 channels of an integer sum.
@@ -54,8 +48,8 @@ static Sm90Plan choose(const GpuProblem& problem) {
   if (choice == nullptr) return plan_sm90(problem);
   const Named body = hopper_body(choice->kernel);
   const int split = choice->split;
-  const bool known = body.tokens > 0 && split >= 1 && (split & (split - 1)) == 0;
-  const Sm90Cut cut{body.tokens, split, false, body.stream};
+  const bool known = body.size.tokens > 0;
+  const Sm90Cut cut{body.size, split, false, body.stream};
   const Sm90Plan plan = known ? plan_sm90_with(problem, cut) : Sm90Plan{};
   if (plan.stages == 0)
     throw std::runtime_error(choice->source + ": '" + choice->kernel + "' with split " +
@@ -73,17 +67,17 @@ int run_cuda(const Params& p, const Scratch& scratch, void* stream) {
   const bool plain = forced == "w4ax_gemm.sm80.plain";
   if (!plain && hopper_takes(p)) {
     const GpuProblem problem{p.M, p.panel.N, p.panel.Kp, p.panel.scheme, cuda::this_device().sms};
-    const Sm90Plan plan = body.stream       ? plan_sm90_with(problem, {body.tokens, 1, false, true})
-                          : body.tokens > 0 ? plan_sm90(problem, body.tokens)
-                                            : choose(problem);
+    const Sm90Plan plan = body.stream ? plan_sm90_with(problem, {body.size, 1, false, true})
+                          : body.size.tokens > 0 ? plan_sm90(problem, body.size)
+                                                 : choose(problem);
     if (plan.stages > 0) {
       if (env().log_plan) log_plan(to_string(problem, plan));
-      const int64_t bytes = plan.scratch_bytes(Sm90Tile{plan.tokens, problem.scheme});
+      const int64_t bytes = plan.scratch_bytes(Sm90Tile{plan.size, problem.scheme});
       void* const memory = bytes > 0 ? scratch(bytes) : nullptr;
       if constexpr (kHasSm90) return run_sm90(p, plan, env().programmatic, memory, stream);
     }
   }
-  if (body.tokens > 0)
+  if (body.size.tokens > 0)
     throw std::runtime_error("TESSELLA_FORCE: '" + forced + "' cannot run this problem or GPU");
   if (cuda::this_device().arch < 80)
     throw std::runtime_error("tessella::w4ax_gemm: needs a GPU of compute capability 8.0 or later");
@@ -101,8 +95,8 @@ int run_probe(const Params& p, bool wide, void* stream) {
   const Named body = hopper_body(forced);
   const GpuProblem problem{p.M, p.panel.N, p.panel.Kp, p.panel.scheme, cuda::this_device().sms,
                            wide};
-  const bool known = forced.empty() || (body.tokens > 0 && !body.stream);
-  const Sm90Plan plan = known ? plan_sm90_probe(problem, body.tokens) : Sm90Plan{};
+  const bool known = forced.empty() || (body.size.tokens > 0 && !body.stream);
+  const Sm90Plan plan = known ? plan_sm90_probe(problem, body.size) : Sm90Plan{};
   if (plan.stages == 0)
     throw std::runtime_error("TESSELLA_FORCE: '" + forced + "' has no body for widened weights");
   if (env().log_plan) log_plan(to_string(problem, plan));

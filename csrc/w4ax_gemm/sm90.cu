@@ -15,30 +15,35 @@ namespace tessella::w4ax_gemm {
 
 using Kernel = void(const CUtensorMap, const CUtensorMap, const CUtensorMap, const sm90::Args);
 
-template <int kTokens, bool kStream>
+template <int kTokens, int kFeatures, bool kStream>
 static Kernel* kernel_of(Scheme scheme) {
   using sm90::Tile;
-  if (scheme == Scheme::kChannel) return &sm90::gemm<Tile<Scheme::kChannel, kTokens, kStream>>;
-  if (scheme == Scheme::kTwoLevel) return &sm90::gemm<Tile<Scheme::kTwoLevel, kTokens, kStream>>;
-  if constexpr (kTokens <= 128) return &sm90::gemm<Tile<Scheme::kGroup, kTokens, kStream>>;
+  if (scheme == Scheme::kChannel)
+    return &sm90::gemm<Tile<Scheme::kChannel, kTokens, kFeatures, kStream>>;
+  if (scheme == Scheme::kTwoLevel)
+    return &sm90::gemm<Tile<Scheme::kTwoLevel, kTokens, kFeatures, kStream>>;
+  if constexpr (Sm90Tile(kTokens, kFeatures, Scheme::kGroup).has_body())
+    return &sm90::gemm<Tile<Scheme::kGroup, kTokens, kFeatures, kStream>>;
   return nullptr;
 }
 
 static Kernel* kernel_of(Scheme scheme, const Sm90Plan& plan) {
   if (plan.wide) {
-#define X(kTokens)            \
-  if (plan.tokens == kTokens) \
-    return &sm90::gemm<sm90::Tile<Scheme::kTwoLevel, kTokens, false, true>>;
+#define X(name, kTokens, kFeatures)              \
+  if (plan.size == Sm90Size{kTokens, kFeatures}) \
+    return &sm90::gemm<sm90::Tile<Scheme::kTwoLevel, kTokens, kFeatures, false, true>>;
     TSL_W4AX_GEMM_SM90_WIDE(X)
 #undef X
     return nullptr;
   }
-#define X(kTokens) \
-  if (plan.tokens == kTokens && plan.stream == 0) return kernel_of<kTokens, false>(scheme);
+#define X(name, kTokens, kFeatures)                                  \
+  if (plan.size == Sm90Size{kTokens, kFeatures} && plan.stream == 0) \
+    return kernel_of<kTokens, kFeatures, false>(scheme);
   TSL_W4AX_GEMM_SM90_TILES(X)
 #undef X
-#define X(kTokens) \
-  if (plan.tokens == kTokens && plan.stream > 0) return kernel_of<kTokens, true>(scheme);
+#define X(name, kTokens, kFeatures)                                 \
+  if (plan.size == Sm90Size{kTokens, kFeatures} && plan.stream > 0) \
+    return kernel_of<kTokens, kFeatures, true>(scheme);
   TSL_W4AX_GEMM_SM90_STREAMS(X)
 #undef X
   return nullptr;
@@ -56,7 +61,7 @@ static uint64_t new_nonce() {
 
 static sm90::Args arguments(const Params& p, const Sm90Plan& plan, bool programmatic,
                             void* scratch) {
-  const Sm90Tile tile{plan.tokens, p.panel.scheme, plan.wide};
+  const Sm90Tile tile{plan.size, p.panel.scheme, plan.wide};
   sm90::Args a{};
   a.w = p.w;
   a.sums = p.sums;
@@ -68,14 +73,18 @@ static sm90::Args arguments(const Params& p, const Sm90Plan& plan, bool programm
   a.N = int(p.panel.N);
   a.blocks = int(p.panel.blocks());
   a.panels = int(p.panel.panels());
-  a.token_tiles = int(ceil_div(p.M, plan.tokens));
-  a.feature_tiles = int(ceil_div(p.panel.N, tile.features()));
+  a.token_tiles = int(ceil_div(p.M, tile.tokens));
+  a.feature_tiles = int(ceil_div(p.panel.N, tile.features));
   a.per_group = Divisor(uint32_t(8 * a.feature_tiles));
   a.last_rows = Divisor(uint32_t(std::max(1, a.token_tiles % 8)));
   a.tiles = plan.tiles;
   a.whole = plan.whole;
   a.stages = plan.stages;
   a.split = plan.split;
+  a.owned = tile.owned(plan.split);
+  a.share = a.blocks / plan.split;
+  a.longer = a.blocks % plan.split;
+  a.ring = tile.fixed_bytes();
   if (plan.stream > 0) {
     const int streamed = plan.stream * a.blocks;
     auto* slots = static_cast<uint8_t*>(scratch);
@@ -92,14 +101,14 @@ static sm90::Args arguments(const Params& p, const Sm90Plan& plan, bool programm
 int run_sm90(const Params& p, const Sm90Plan& plan, bool programmatic, void* scratch,
              void* stream) {
   Kernel* kernel = kernel_of(p.panel.scheme, plan);
-  const Sm90Tile tile{plan.tokens, p.panel.scheme, plan.wide};
+  const Sm90Tile tile{plan.size, p.panel.scheme, plan.wide};
   const sm90::Args args = arguments(p, plan, programmatic, scratch);
   // codes8 [K/128][M][128], a box of one load's codes of the tile's tokens; the result [M][N]
   CUtensorMap acts, half{}, out{};
   const int64_t sizes[] = {128, p.M, p.panel.blocks()};
-  int error = cuda::tensor_map(&acts, p.x8, 1, sizes, {128, plan.tokens, tile.chunk()});
+  int error = cuda::tensor_map(&acts, p.x8, 1, sizes, {128, tile.tokens, tile.chunk()});
   if (error == 0 && plan.whole < plan.tiles)
-    error = cuda::tensor_map(&half, p.x8, 1, sizes, {128, plan.tokens / 2, 1});
+    error = cuda::tensor_map(&half, p.x8, 1, sizes, {128, tile.tokens / 2, 1});
   if (error == 0 && args.vector && tile.sends(plan.split))
     error = cuda::tensor_map(&out, p.out, 2, {p.panel.N, p.M}, {64, tile.staged_tokens()});
   if (error != 0) return error;

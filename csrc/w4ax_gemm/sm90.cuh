@@ -43,11 +43,14 @@ struct Loader {
     const uint32_t full = s.full + stage * 8, to = s.weights + stage * T::kWeightBytes;
     const uint32_t bytes = min(T::kChunk, w.b1 - b) * T::kBlockBytes;
     const uint8_t* from = a.w + w.panel * a.panel_bytes + b * T::kBlockBytes;
-    // an odd number of panels leaves the last tile's second warpgroup without one
-    const bool two = T::kWarpgroups == 2 && w.panel + 1 < a.panels;
-    ptx::barrier_arrive_expect(full, two ? 2 * bytes : bytes);
-    ptx::copy_bulk(to, from, bytes, full);
-    if (two) ptx::copy_bulk(to + T::kWeightBytes / 2, from + a.panel_bytes, bytes, full);
+    // the last tile may have warpgroups without a panel
+    const int panels = T::kWarpgroups == 1 ? 1 : min(T::kWarpgroups, a.panels - w.panel);
+    ptx::barrier_arrive_expect(full, panels * bytes);
+#pragma unroll
+    for (int i = 0; i < T::kWarpgroups; ++i)
+      if (i < panels)
+        ptx::copy_bulk(to + i * (T::kWeightBytes / T::kWarpgroups), from + i * a.panel_bytes, bytes,
+                       full);
   }
   __device__ void acts(const Work& w, int b, int stage) const {
     const uint32_t full = s.full + stage * 8, to = s.acts + stage * T::kActBytes;
@@ -192,10 +195,12 @@ struct Math {
   __device__ void release(int stage) const { ptx::barrier_arrive(s.empty + stage * 8); }
   __device__ int before(int stage) const { return stage == 0 ? a.stages - 1 : stage - 1; }
 
-  // This thread's 64 codes of block `i` of a stage, with what belongs to their groups.
+  // This thread's 64 codes of block `i` of a stage, with what belongs to their groups. Where blocks
+  // share an SM and its registers, the second half is read while the first is decoded.
+  static constexpr bool kHalves = T::kTile.short_of_registers();
   struct Packed {
     uint4 codes[2];
-    uint32_t meta, zeros;
+    uint32_t meta, zeros, second;
   };
   __device__ Packed load(int stage, int i) const {
     const uint32_t from =
@@ -207,7 +212,8 @@ struct Math {
       return p;
     }
     p.codes[0] = ptx::load_shared16(from + thread * 16);
-    p.codes[1] = ptx::load_shared16(from + 2048 + thread * 16);
+    p.second = from + 2048 + thread * 16;
+    if (!kHalves) p.codes[1] = ptx::load_shared16(p.second);
     if constexpr (T::kScheme != Scheme::kChannel)
       p.meta = ptx::load_shared4(from + 4096 + pair * 4);
     if constexpr (T::kGroup) p.zeros = ptx::load_shared2(from + 4096 + 128 + pair * 2);
@@ -230,9 +236,10 @@ struct Math {
     }
   }
   __device__ void decode_codes(const Packed& p, Fragments& f) const {
+    const uint4 second = kHalves ? ptx::load_shared16(p.second) : p.codes[1];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const uint4 v = p.codes[i];
+      const uint4 v = i == 0 ? p.codes[0] : second;
       const uint32_t words[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
@@ -263,57 +270,68 @@ struct Math {
   }
 
   // Channel and two-level: a block's products run on while the next one is decoded into the other
-  // registers. Everything in the loops is unconditional, or ptxas serialises all wgmma.
-  template <int kAcc>
-  __device__ void step(int32_t (&acc)[kAcc], Fragments& f, bool first) {
+  // registers, and its codes are read before the wait for the products before. Everything in the
+  // loops is unconditional, or ptxas serialises all wgmma.
+  __device__ Packed first_of_stage() const {
     ptx::barrier_wait(s.full + ring.stage * 8, ring.parity);
-    decode(load(ring.stage, 0), f);
-    multiply(acc, f, ring.stage, 0, true);
-    ptx::wgmma_wait<1>();
-    if (!first) release(before(ring.stage));
-    ring.next(a.stages);
+    return load(ring.stage, 0);
+  }
+  // Other tiles are short of registers for that, and widened weights are read when they are needed.
+  static constexpr bool kEarly = T::kWarpgroups == 2 && T::kTokens <= 128 && !T::kWide;
+  // One load. Where codes are read early, `ahead` has those of its first block, and then the next
+  // load's.
+  template <bool kMore, int kFragments, int kAcc>
+  __device__ void step(int32_t (&acc)[kAcc], Fragments (&f)[2], Packed& ahead, bool first) {
+    const int stage = ring.stage;
+    Packed p = kEarly ? ahead : first_of_stage();
+#pragma unroll
+    for (int i = 0; i < T::kChunk; ++i) {
+      Fragments& g = f[(kFragments + i) % 2];
+      decode(p, g);
+      if (i + 1 < T::kChunk) p = load(stage, i + 1);
+      multiply(acc, g, stage, i, true);
+      if (i + 1 == T::kChunk) ring.next(a.stages);
+      if (i + 1 == T::kChunk && kMore) ahead = first_of_stage();
+      ptx::wgmma_wait<1>();
+      if (i == 0 && !first) release(before(stage));
+    }
+  }
+  // Loads of an even number of blocks, so that the fragments' registers alternate.
+  static constexpr int kTurn = T::kChunk == 1 ? 2 : 1;
+  template <bool kMore, int kAcc>
+  __device__ void turn(int32_t (&acc)[kAcc], Fragments (&f)[2], Packed& ahead, bool first) {
+    step<kMore || (kEarly && kTurn == 2), 0>(acc, f, ahead, first);
+    if constexpr (kTurn == 2) step<kMore, 1>(acc, f, ahead, false);
   }
   template <int kAcc>
-  __device__ void sum_single_blocks(const Work& w, int32_t (&acc)[kAcc]) {
+  __device__ void sum_loads(int loads, int32_t (&acc)[kAcc]) {
     Fragments f[2];
-    int b = w.b0;
+    Packed ahead;
+    if (kEarly) ahead = first_of_stage();
+    int i = 0;
 #pragma unroll 1
-    for (; b + 1 < w.b1; b += 2) {
-      step(acc, f[0], b == w.b0);
-      step(acc, f[1], false);
+    for (; i + kTurn + kEarly <= loads; i += kTurn) turn<kEarly>(acc, f, ahead, i == 0);
+    if constexpr (kEarly) {
+      if (i + 1 < loads || kTurn == 1)
+        turn<false>(acc, f, ahead, i == 0);
+      else
+        step<false, 0>(acc, f, ahead, i == 0);
+    } else if constexpr (kTurn == 2) {
+      ptx::wgmma_wait<0>();
+      if (i < loads) step<false, 0>(acc, f, ahead, i == 0);
     }
     ptx::wgmma_wait<0>();
-    if (b < w.b1) {
-      step(acc, f[0], b == w.b0);
-      ptx::wgmma_wait<0>();
-    }
     release(before(ring.stage));
   }
+  // The last load, with fewer blocks than others.
   template <int kAcc>
-  __device__ void sum_chunks(const Work& w, int32_t (&acc)[kAcc]) {
-    Fragments f[2];
-    int b = w.b0;
-#pragma unroll 1
-    for (; b + T::kChunk <= w.b1; b += T::kChunk, ring.next(a.stages)) {
-      ptx::barrier_wait(s.full + ring.stage * 8, ring.parity);
-      Packed p = load(ring.stage, 0);
-#pragma unroll
-      for (int i = 0; i < T::kChunk; ++i) {
-        decode(p, f[i % 2]);
-        if (i + 1 < T::kChunk) p = load(ring.stage, i + 1);
-        multiply(acc, f[i % 2], ring.stage, i, true);
-        ptx::wgmma_wait<1>();
-        if (i == 0 && b > w.b0) release(before(ring.stage));
-      }
-    }
-    ptx::wgmma_wait<0>();
-    if (b > w.b0) release(before(ring.stage));
-    if (b == w.b1) return;
+  __device__ void sum_rest(int blocks, int32_t (&acc)[kAcc]) {
+    Fragments f;
     ptx::barrier_wait(s.full + ring.stage * 8, ring.parity);
 #pragma unroll 1
-    for (int i = 0; b + i < w.b1; ++i) {
-      decode(load(ring.stage, i), f[0]);
-      multiply(acc, f[0], ring.stage, i, true);
+    for (int i = 0; i < blocks; ++i) {
+      decode(load(ring.stage, i), f);
+      multiply(acc, f, ring.stage, i, true);
       ptx::wgmma_wait<0>();
     }
     release(ring.stage);
@@ -323,10 +341,9 @@ struct Math {
   __device__ void sum_blocks(const Work& w, int32_t (&acc)[kAcc]) {
 #pragma unroll
     for (int i = 0; i < kAcc; ++i) acc[i] = 0;
-    if constexpr (T::kChunk == 1)
-      sum_single_blocks(w, acc);
-    else
-      sum_chunks(w, acc);
+    const int blocks = w.b1 - w.b0;
+    if (blocks >= T::kChunk) sum_loads(blocks / T::kChunk, acc);
+    if (T::kChunk > 1 && blocks % T::kChunk > 0) sum_rest(blocks % T::kChunk, acc);
   }
 
   // g128: the sums of each block become fp32 at once, at best while the other warpgroup multiplies.
@@ -446,7 +463,7 @@ struct Math {
   // copies, these stores need not be waited for at the end.
   __device__ void store(const Work& w, int64_t m0, int rows, uint32_t from) const {
     const int n = (w.panel + warpgroup) * 64;
-    ptx::named_barrier(1 + warpgroup, 128);
+    ptx::named_barrier(T::kGroupBarrier + warpgroup, 128);
     auto* out16 = static_cast<uint16_t*>(a.out);
     if (a.vector) {
       const int piece = thread % 8;
@@ -466,7 +483,8 @@ struct Math {
   // The same for one of several lots, by a copy that goes on behind the next ones: a warp waits for
   // the others' rows and starts it, which takes that warp 200 cycles.
   __device__ void send(const Work& w, int64_t m0, int rows, uint32_t from, int sender) const {
-    const int n = (w.panel + warpgroup) * 64, barrier = 5 + warpgroup * 4 + sender;
+    const int n = (w.panel + warpgroup) * 64,
+              barrier = T::kLotBarrier + warpgroup * T::kLots + sender;
     if (!a.vector) return store(w, m0, rows, from);
     ptx::fence_for_copies();
     if (warp != sender) return ptx::named_barrier_arrive(barrier, 128);
@@ -480,9 +498,8 @@ struct Math {
     using P = Parts<T, Total, kSplit>;
     constexpr int kRows = 8 * P::kOwned;
     P parts{s, at.part};
-    const int first = at.part * kRows;
-    const uint32_t staging =
-        s.staging + warpgroup * T::kBuffers * T::kStagingBytes + first % T::kStaged * 128;
+    const int first = at.part * kRows, columns = parts.columns_of(at.part);
+    const uint32_t staging = s.staging + warpgroup * T::kBuffers * T::kStagingBytes;
     fold_zeros(f, total);
     ptx::cluster_wait();
     parts.give(total);
@@ -491,10 +508,11 @@ struct Math {
       parts.take(sum);
 #pragma unroll
       for (int j = 0; j < P::kOwned; ++j)
-        stage_column(f, tokens(at.part * P::kOwned + j), staging + j * 1024, sum[j]);
+        if (j < columns)
+          stage_column(f, tokens(at.part * P::kOwned + j), staging + j * 1024, sum[j]);
     }
     ptx::cluster_arrive();
-    if (parts.owns()) store(w, w.m0 + first, kRows, staging);
+    if (parts.owns()) store(w, w.m0 + first, 8 * columns, staging);
   }
 
   // A tile of kTokens: a token tile or half of one.
@@ -507,31 +525,36 @@ struct Math {
     sum_blocks(w, total);
     ptx::barrier_wait(s.token_full, token_parity);
     token_parity ^= 1;
-    if constexpr (T::kTile.most_split() > 1 && kTokens == T::kTokens)
+    if constexpr (T::kTile.splits(2) && kTokens == T::kTokens)
       if (a.split > 1) {
         if (a.split == 2) return finish_parts<2>(w, f, total);
         if (a.split == 4) return finish_parts<4>(w, f, total);
+        if constexpr (T::kTile.splits(3))
+          if (a.split == 3) return finish_parts<3>(w, f, total);
+        if constexpr (T::kTile.splits(6))
+          if (a.split == 6) return finish_parts<6>(w, f, total);
         return finish_parts<8>(w, f, total);
       }
     if constexpr (T::kStream) {
       if (w.b1 - w.b0 < a.blocks) fold_zeros(f, total);
       if (w.b0 > 0) {
-        a.stream.template leave<T::kMath>(total, at.cluster, 4);
+        a.stream.template leave<T::kMath>(total, at.cluster, T::kLeaveBarrier);
         ptx::barrier_arrive(s.token_empty);
         return;
       }
-      if (w.b1 < a.blocks) a.stream.template add_rest<T::kMath>(total, w.tile, at.cluster, 3);
+      if (w.b1 < a.blocks)
+        a.stream.template add_rest<T::kMath>(total, w.tile, at.cluster, T::kMathBarrier);
     }
     constexpr int kColumnsEach = T::kStaged / 8;
     ptx::store_wait_read<0>();
-    ptx::named_barrier(1 + warpgroup, 128);
+    ptx::named_barrier(T::kGroupBarrier + warpgroup, 128);
 #pragma unroll
     for (int pass = 0; pass < kTokens / T::kStaged; ++pass) {
       const uint32_t staging =
           s.staging + (warpgroup * T::kBuffers + pass % T::kBuffers) * T::kStagingBytes;
       if (pass >= T::kBuffers) {
         if (warp == pass - T::kBuffers) ptx::store_wait_read<0>();
-        ptx::named_barrier(1 + warpgroup, 128);
+        ptx::named_barrier(T::kGroupBarrier + warpgroup, 128);
       }
       Tokens of[kColumnsEach];  // all loads first: they would wait for one another's stores
 #pragma unroll
@@ -568,7 +591,7 @@ struct Math {
 
 // By one thread of each warp, which has some of the barriers: one takes 60 cycles.
 template <class T>
-__device__ void init_barriers(const Args& a, const Shared<T>& s, int warp) {
+__device__ void init_barriers(const Args& a, const Shared<T>& s, int part, int warp) {
   constexpr int kWarps = T::kThreads / 32;
 #pragma unroll 1
   for (int i = warp; i < a.stages; i += kWarps) {
@@ -579,8 +602,8 @@ __device__ void init_barriers(const Args& a, const Shared<T>& s, int warp) {
     ptx::barrier_init(s.token_full, 32);
     ptx::barrier_init(s.token_empty, T::kMath);
     ptx::barrier_init(s.reduced, 1);
-    if (a.split > 1)
-      ptx::barrier_arrive_expect(s.reduced, (a.split - 1) * Shared<T>::part_bytes(a));
+    if (const int columns = min(a.owned, T::kColumns - part * a.owned); a.split > 1 && columns > 0)
+      ptx::barrier_arrive_expect(s.reduced, (a.split - 1) * columns * T::kTile.column_bytes());
   }
   ptx::barrier_init_fence();
 }
@@ -595,13 +618,13 @@ __global__ __launch_bounds__(T::kThreads,
   const Shared<T> s(ptx::shared_address(shared_memory), a);
   const Place at = Place::of<T>(a);
   constexpr int kMathWarps = T::kMath / 32, kWarps = T::kThreads / 32;
-  constexpr bool kLarge = T::kTile.large();
+  constexpr bool kTwoLoaders = T::kTile.two_loaders();
   const int warp = warp_index();
   const bool first_lane = threadIdx.x % 32 == 0;
   if (first_lane) {
     if (warp == kMathWarps + 1) ptx::prefetch_map(&map);
-    if (warp == kMathWarps) Loader<T, true, !kLarge>{a, at, s, &map, &half}.start();
-    init_barriers(a, s, (warp + kWarps - kMathWarps) % kWarps);
+    if (warp == kMathWarps) Loader<T, true, !kTwoLoaders>{a, at, s, &map, &half}.start();
+    init_barriers(a, s, at.part, (warp + kWarps - kMathWarps) % kWarps);
   }
   __syncthreads();
   if (a.split > 1) ptx::cluster_arrive();  // started, barriers ready
@@ -610,13 +633,14 @@ __global__ __launch_bounds__(T::kThreads,
     Math<T>(a, at, s, &out).run();
   } else {
     if constexpr (T::kTile.moves_registers()) ptx::fewer_registers<T::kTile.loader_registers()>();
-    if (warp == kMathWarps && first_lane) Loader<T, true, !kLarge>{a, at, s, &map, &half}.run();
-    if constexpr (kLarge)
+    if (warp == kMathWarps && first_lane)
+      Loader<T, true, !kTwoLoaders>{a, at, s, &map, &half}.run();
+    if constexpr (kTwoLoaders)
       if (warp == kMathWarps + 2 && first_lane) Loader<T, false, true>{a, at, s, &map, &half}.run();
     if (warp == kMathWarps + 1) token_warp(a, at, s);
     if constexpr (T::kStream)
       if (warp == kMathWarps + 3 && Items<T>(a, at).take().b0 > 0)
-        a.stream.template signal<T::kMath>(at.cluster, 4);
+        a.stream.template signal<T::kMath>(at.cluster, T::kLeaveBarrier);
     if (a.split > 1) {
       ptx::cluster_wait();
       ptx::cluster_arrive();

@@ -24,19 +24,25 @@ struct Args {
   int token_tiles, feature_tiles;
   Divisor per_group, last_rows;  // tiles of 8 token tiles, and token tiles past the last 8
   int tiles, whole;              // tiles past the first `whole` have half of the tokens
-  int stages, split;
+  int stages;
+  int split, owned;   // parts of K, and the 8-token columns that one adds up
+  int share, longer;  // blocks of K of a part; the first `longer` parts have one more
+  // Where the ring starts in shared memory. A number that the compiler does not know: where it
+  // knows an address to be aligned it makes the next descriptor by setting bits of the last one in
+  // place, and every wgmma waits for the one before to have read its own.
+  int ring;
   StreamK stream;  // the leading tiles that are dealt out by K
   DType dtype;
   bool programmatic;  // the previous grid may still run
   bool vector;        // rows of the result are whole, aligned 16-byte vectors
 };
 
-template <Scheme kS, int kT, bool kStreamed = false, bool kBytes = false>
+template <Scheme kS, int kT, int kF, bool kStreamed = false, bool kBytes = false>
 struct Tile {
   static constexpr Scheme kScheme = kS;
   static constexpr int kTokens = kT;
   static constexpr bool kWide = kBytes;  // weights are the bytes that are multiplied
-  static constexpr Sm90Tile kTile{kT, kS, kWide};
+  static constexpr Sm90Tile kTile{kT, kF, kS, kWide};
   static constexpr int kWarpgroups = kTile.warpgroups(), kMath = kTile.math_threads();
   static constexpr int kThreads = kTile.threads(), kBlocksPerSm = kTile.blocks_per_sm();
   static constexpr int kBlockBytes = kTile.block_bytes(), kChunk = kTile.chunk();
@@ -46,34 +52,33 @@ struct Tile {
   static constexpr int kStaged = kTile.staged_tokens(), kStagingBytes = kStaged * 128;
   static constexpr int kBuffers = kTile.staging_buffers();
   static constexpr bool kGroup = kS == Scheme::kGroup, kStream = kStreamed;
+  // named barriers, 1 to 15: of a warpgroup, of its lots of results, of all math threads, and of
+  // these and a warp that raises a flag
+  static constexpr int kLots = kT / kStaged;
+  static constexpr int kGroupBarrier = 1, kLotBarrier = kGroupBarrier + kWarpgroups;
+  static constexpr int kMathBarrier = 14, kLeaveBarrier = 15;
+  static_assert(kLotBarrier + kWarpgroups * kLots <= kMathBarrier);
 };
 
-// Floor of the logarithm of a small number.
-__device__ inline int log2_of(int x) { return 31 - __clz(x); }
-
-// Shared memory, by address; offsets follow Sm90Tile::smem_bytes.
+// Shared memory, by address; offsets follow Sm90Tile::smem_bytes. What the ring's depth does not
+// move comes first, so that its places are known here.
 template <class T>
 struct Shared {
-  uint32_t acts, staging, weights, reduce, sums, scales, full, empty, token_full, token_empty,
-      reduced;
+  uint32_t staging, sums, scales, full, empty, token_full, token_empty, reduced, acts, weights,
+      reduce;
 
   __device__ Shared(uint32_t base, const Args& a)
-      : acts(base),
-        staging(acts + a.stages * T::kActBytes),
-        weights(staging + T::kTile.staging_bytes()),
-        reduce(weights + a.stages * T::kWeightBytes),
-        sums(reduce + (a.split == 1 ? 0 : a.split * part_bytes(a))),
+      : staging(base),
+        sums(staging + T::kTile.staging_bytes()),
         scales(sums + T::kTokens * 4),
         full(scales + T::kTokens * 4),
-        empty(full + a.stages * 8),
-        token_full(empty + a.stages * 8),
+        empty(full + kSm90MostStages * 8),
+        token_full(empty + kSm90MostStages * 8),
         token_empty(token_full + 8),
-        reduced(token_empty + 8) {}
-  // 8-token columns of an owner, as a power of two, and their bytes.
-  __device__ static int owned_log2(const Args& a) {
-    return a.split < T::kColumns ? log2_of(T::kColumns) - log2_of(a.split) : 0;
-  }
-  __device__ static int part_bytes(const Args& a) { return T::kMath * 16 << owned_log2(a); }
+        reduced(token_empty + 8),
+        acts(base + a.ring),
+        weights(acts + a.stages * T::kActBytes),
+        reduce(weights + a.stages * T::kWeightBytes) {}
 };
 
 // This thread block's part of the work: its cluster's tiles, and its part of their K.
@@ -83,8 +88,7 @@ struct Place {
   template <class T>
   static __device__ Place of(const Args& a) {
     if constexpr (T::kStream) return {a.stream.rank(), int(gridDim.x), 0};
-    const int log2 = log2_of(a.split);
-    return {int(blockIdx.x) >> log2, int(gridDim.x) >> log2, int(blockIdx.x) & (a.split - 1)};
+    return {ptx::cluster_index(), ptx::cluster_count(), ptx::cluster_rank()};
   }
 };
 
@@ -97,7 +101,7 @@ struct Work {
   // same time stays small enough for L2.
   template <class T>
   __device__ static Work of(const Args& a, const Place& at, int tile) {
-    const int log2 = log2_of(a.split), past = tile - a.whole;
+    const int past = tile - a.whole;
     const bool half = T::kTile.halves() && past >= 0;
     const int unit = half ? a.whole + past / 2 : tile;
     int row = 0, column = unit;
@@ -110,8 +114,8 @@ struct Work {
     const int m0 = row * T::kTokens + (half ? past % 2 * (T::kTokens / 2) : 0);
     return {m0,
             column * T::kWarpgroups,
-            a.blocks * at.part >> log2,
-            a.blocks * (at.part + 1) >> log2,
+            at.part * a.share + min(at.part, a.longer),
+            (at.part + 1) * a.share + min(at.part + 1, a.longer),
             tile,
             half};
   }

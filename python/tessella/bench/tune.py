@@ -15,7 +15,7 @@ from tessella.testing.force import gpu_kernels
 
 FAMILIES = ("w4ax_gemm",)
 M_VALUES = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
-SPLITS = (1, 2, 4, 8)
+SPLITS = (1, 2, 3, 4, 6, 8)
 PLANNER = "planner"
 LEAST_GAIN = 0.02
 """A choice is worth a row if it beats the planner's by this share of the time."""
