@@ -140,7 +140,7 @@ def test_parts_of_k(kernel, scheme, rng, tables):
         parts -= {6}  # no room for the sums of six
     for M, N, K in ((1, 65, 1100), (63, 200, 1664), (129, 328, 1152), (200, 64, 2304)):
         if kernel.endswith(("t8", "t16")) and M > 64:
-            continue  # more blocks than run at once, and no room in an SM for the sums of eight parts
+            continue  # many blocks share an SM, without room for the sums of eight parts
         a = quantised(M, K, rng)
         a = ActBlocks(a.codes8, a.codes4, a.sums, torch.ones_like(a.scales), "token")
         w = random_weight(scheme, N, K, rng, unit_scales=True)
