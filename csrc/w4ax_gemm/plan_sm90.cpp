@@ -124,7 +124,7 @@ Sm90Plan plan_sm90(const GpuProblem& problem, const Sm90Size& only) {
         continue;
       // Shares of K are kernels of their own. Their blocks read from all over K, so activations
       // had better fit L2.
-      if (p.stream > 0 && (!any || problem.M * problem.Kp > 24 << 20)) continue;
+      if (p.stream > 0 && (!any || problem.M * problem.Kp > 16 << 20)) continue;
       const double us = estimate(problem, p);
       if (best.stages == 0 || us < least) best = p, least = us;
     }

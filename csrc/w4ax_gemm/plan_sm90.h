@@ -115,14 +115,20 @@ struct Sm90Tile {
   constexpr int owned(int split) const { return int(ceil_div(columns(), split)); }
   constexpr int owners(int split) const { return int(ceil_div(columns(), owned(split))); }
   constexpr int column_bytes() const { return math_threads() * 16; }
-  // Room for an owner's columns from every part, or every other one.
+  // Whether there is no room for a part's sums from itself, where their places are counted over the
+  // other parts: of two that is free, of more it takes instructions, and 192 features need the
+  // room.
+  constexpr bool dense(int split) const {
+    return split == 1 || (large() && (split == 2 || warpgroups() == 3));
+  }
+  // Room for an owner's columns from the parts.
   constexpr int reduce_bytes(int split) const {
-    return (large() || split == 1 ? split - 1 : split) * owned(split) * column_bytes();
+    return (dense(split) ? split - 1 : split) * owned(split) * column_bytes();
   }
   // Large tiles gather the sums for the others where the ring was.
   constexpr int least_stages(int split) const {
-    const int others = owners(split) - (owners(split) == split ? 1 : 0);
-    const int gathered = large() ? others * owned(split) * column_bytes() : 0;
+    const int places = owners(split) - (dense(split) && owners(split) == split ? 1 : 0);
+    const int gathered = large() ? places * owned(split) * column_bytes() : 0;
     return std::max(2, int(ceil_div(gathered, act_bytes() + weight_bytes())));
   }
   // Results pass through buffers of up to 64 tokens x 64 features of 2 bytes.

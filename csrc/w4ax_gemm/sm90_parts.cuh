@@ -25,8 +25,11 @@ struct Parts {
 
   // Where this thread's sums for an owner's column `j` come from another part, or leave for it.
   static __device__ uint32_t slot(uint32_t base, int other, int mine, int j) {
-    return base + ((other - (kGather && other > mine)) * kOwned + j) * kColumnBytes +
-           threadIdx.x * 16;
+    if constexpr (kSplit == 2 && T::kTile.dense(2))
+      other = 0;
+    else if constexpr (T::kTile.dense(kSplit))
+      other -= other > mine;
+    return base + (other * kOwned + j) * kColumnBytes + threadIdx.x * 16;
   }
   __device__ bool owns() const { return part < kOwners; }
   __device__ static int columns_of(int owner) { return owner == kOwners - 1 ? kLast : kOwned; }
