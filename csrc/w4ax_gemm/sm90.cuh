@@ -197,7 +197,7 @@ struct Math {
 
   // This thread's 64 codes of block `i` of a stage, with what belongs to their groups. Where blocks
   // share an SM and its registers, the second half is read while the first is decoded.
-  static constexpr bool kHalves = T::kTile.short_of_registers();
+  static constexpr bool kLate = T::kTile.short_of_registers();
   struct Packed {
     uint4 codes[2];
     uint32_t meta, zeros, second;
@@ -213,7 +213,7 @@ struct Math {
     }
     p.codes[0] = ptx::load_shared16(from + thread * 16);
     p.second = from + 2048 + thread * 16;
-    if (!kHalves) p.codes[1] = ptx::load_shared16(p.second);
+    if (!kLate) p.codes[1] = ptx::load_shared16(p.second);
     if constexpr (T::kScheme != Scheme::kChannel)
       p.meta = ptx::load_shared4(from + 4096 + pair * 4);
     if constexpr (T::kGroup) p.zeros = ptx::load_shared2(from + 4096 + 128 + pair * 2);
@@ -236,7 +236,7 @@ struct Math {
     }
   }
   __device__ void decode_codes(const Packed& p, Fragments& f) const {
-    const uint4 second = kHalves ? ptx::load_shared16(p.second) : p.codes[1];
+    const uint4 second = kLate ? ptx::load_shared16(p.second) : p.codes[1];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const uint4 v = i == 0 ? p.codes[0] : second;
