@@ -79,7 +79,11 @@ static py::dict plan_w4ax_gemm_sm90(int64_t M, int64_t N, int64_t K, const std::
                                        : Scheme::kTwoLevel;
   const w4ax_gemm::GpuProblem problem{M, N, round_up(K, 128), s, sms, wide};
   const w4ax_gemm::Sm90Size size = w4ax_gemm::sm90_size(tile);
-  if (!tile.empty() && size.tokens == 0) throw py::value_error("tile: unknown name '" + tile + "'");
+  if (!tile.empty() && size.tokens == 0) {
+    std::string names;
+    for (const auto& known : w4ax_gemm::kSm90Tiles) names += std::string(known.name) + ", ";
+    throw py::value_error("tile: expected one of " + names + "got '" + tile + "'");
+  }
   const w4ax_gemm::Sm90Plan plan = probe ? w4ax_gemm::plan_sm90_probe(problem, size)
                                    : stream
                                        ? w4ax_gemm::plan_sm90_with(problem, {size, 1, false, true})
@@ -202,13 +206,13 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         "Every compiled kernel: family -> names, as TESSELLA_FORCE takes them.");
   m.def("plan_w4ax_gemm", &plan_w4ax_gemm, py::arg("M"), py::arg("N"), py::arg("K"),
         py::arg("threads") = 1, py::arg("isa") = "", "The plan for one problem on CPU.");
-  m.def("plan_w4ax_gemm_sm90", &plan_w4ax_gemm_sm90, py::arg("M"), py::arg("N"), py::arg("K"),
-        py::arg("scheme") = "twolevel", py::arg("sms") = 132, py::arg("tile") = "",
-        py::arg("stream") = false, py::arg("probe") = false, py::arg("wide") = false,
-        "The plan for one problem on Hopper; with `tile` (128, 128x192), of that one; with "
-        "`stream` too, "
-        "the one that deals out K in equal shares; with `probe`, the one that measures decoding, "
-        "for two-level weights or, with `wide`, widened ones.");
+  m.def(
+      "plan_w4ax_gemm_sm90", &plan_w4ax_gemm_sm90, py::arg("M"), py::arg("N"), py::arg("K"),
+      py::arg("scheme") = "twolevel", py::arg("sms") = 132, py::arg("tile") = "",
+      py::arg("stream") = false, py::arg("probe") = false, py::arg("wide") = false,
+      "The plan for one problem on Hopper; with `tile` (128, 128x192), of that one; with `stream` "
+      "too, the one that deals out K in equal shares; with `probe`, the one that measures "
+      "decoding, for two-level weights or, with `wide`, widened ones.");
   m.def(
       "advise_huge_pages",
       [](uintptr_t data, size_t bytes) { advise_huge_pages(reinterpret_cast<void*>(data), bytes); },

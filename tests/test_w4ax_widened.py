@@ -218,9 +218,8 @@ def test_bad_input(rng, hopper):
         probe(*acts, ops.w4_pack(w).blob, 64, True)
     with pytest.raises(RuntimeError, match=r"w: expected .* got .*16640"):
         probe(*acts, widened, 64, False)
-    for kernel in tuple(
-        f"w4ax_gemm.{k}" for k in ("sm90.t32", "sm90.t64x192", "sm90.s64", "sm80.plain")
-    ):
+    for body in ("sm90.t32", "sm90.t64x192", "sm90.s64", "sm80.plain"):
+        kernel = f"w4ax_gemm.{body}"
         with force(kernel), pytest.raises(RuntimeError, match=f"'{kernel}' has no body for"):
             probe(*acts, widened, 64, True)
     mixed = ops.act_quant(torch.randn(4, 256).bfloat16().cuda(), k8=128, granularity="class")
